@@ -1,0 +1,68 @@
+"""The registry of backends: which can run here, which one a call takes, and why another cannot."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Protocol
+
+from ..problem import Problem
+from . import cpu, reference
+
+
+class Backend(Protocol):
+    """What a backend module provides."""
+
+    NAME: str
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """Why the backend cannot run on this machine at all, with the remedy; None where it can."""
+
+    @staticmethod
+    def cannot_run(problem: Problem) -> str | None:
+        """Why the backend cannot run this problem, with the remedy; None where it can."""
+
+
+# In the order in which "auto" tries them. A new backend is one module and one entry here.
+REGISTRY = {module.NAME: module for module in (cpu, reference)}
+
+
+def backends() -> dict[str, str | None]:
+    """Return every backend's name with None where it is usable here, else the reason why it is not."""
+    return {name: backend.unavailable() for name, backend in REGISTRY.items()}
+
+
+def choose(name: str, problem: Problem):
+    """Return the backend module for a call: the named one, or for "auto" the first that can run."""
+    if name == "auto":
+        name = os.environ.get("ALPKD_FAST_BACKEND", "auto")
+    if name == "auto":
+        return _first_usable(problem)
+    if name not in REGISTRY:
+        raise ValueError(f"backend: got {name!r}; known backends are auto, {', '.join(REGISTRY)}")
+    reason = REGISTRY[name].unavailable() or REGISTRY[name].cannot_run(problem)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run: {reason}")
+    return REGISTRY[name]
+
+
+_warned: set[str] = set()
+
+
+def _first_usable(problem: Problem):
+    reasons = []
+    for name, backend in REGISTRY.items():
+        reason = backend.unavailable() or backend.cannot_run(problem)
+        if reason is None:
+            if name == reference.NAME and reasons:
+                _warn_once("alpkd_fast runs its slow reference backend: " + "; ".join(reasons))
+            return backend
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference backend runs everything")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,49 @@
+"""The reference backend: plain PyTorch on any device, differentiated by autograd, twice if asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..reference import reference_loss
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def cannot_run(problem: Problem) -> str | None:
+    return None
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, layer_losses, attention and entropy of the problem."""
+    if not torch.compiler.is_compiling() and problem.student[0].device.type == "cpu":
+        check_values(problem)
+    with torch.autocast(problem.student[0].device.type, enabled=False):
+        return reference_loss(problem)
+
+
+def check_values(problem: Problem) -> None:
+    """Raise ValueError for row weights, a scale or a normalizer whose values are not allowed."""
+    weights = problem.row_weights
+    if weights is not None and not bool(((weights >= 0) & (weights < torch.inf)).all()):
+        bad = weights[~((weights >= 0) & (weights < torch.inf))][0].item()
+        raise ValueError(mask_message(bad))
+    if isinstance(problem.scale, Tensor) and not 0 <= problem.scale.item() < torch.inf:
+        raise ValueError(f"scale must be finite and >= 0, got {problem.scale.item()}; clamp it, or learn its logarithm")
+    if isinstance(problem.normalizer, Tensor) and not 0 < problem.normalizer.item() < torch.inf:
+        raise ValueError(
+            f"normalizer must be finite and > 0, got {problem.normalizer.item()}; pass the number of rows that "
+            "count over all accumulation steps and ranks"
+        )
+
+
+def mask_message(bad: float) -> str:
+    return (
+        f"attention_mask holds {bad}, but weights must be finite and >= 0; an additive mask (0 for kept, -inf or a "
+        "large negative number for masked tokens) becomes a weight with (mask == 0)"
+    )

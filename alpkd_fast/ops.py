@@ -1,0 +1,191 @@
+"""The operator: its schema, fake and registration, and the autograd.Function around it.
+
+One schema serves every fused backend: ``alpkd_fast::alp_<backend>`` computes, in one pass over the
+hidden states, the loss and its gradients. The backward only scales those by the incoming gradient.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .problem import POOLINGS, Problem
+
+_SCHEMA = (
+    "(Tensor[] student, Tensor[] teacher, Tensor? row_weights, int pooling, int[] map_counts, int[] map_layers,"
+    " Tensor? scale_tensor, float scale, float[] layer_weights, bool normalize, bool detach_attention,"
+    " bool mean, Tensor? normalizer_tensor, float normalizer, bool details,"
+    " bool[] student_grad, bool[] teacher_grad, bool scale_grad)"
+    " -> (Tensor loss, Tensor layer_losses, Tensor attention, Tensor entropy,"
+    " Tensor grad_factor, Tensor d_scale, Tensor[] d_student, Tensor[] d_teacher)"
+)
+FUSED_BACKENDS = ("cpu",)
+_LIBRARY = torch.library.Library("alpkd_fast", "DEF")
+for _name in FUSED_BACKENDS:
+    _LIBRARY.define(f"alp_{_name}{_SCHEMA}")
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def _fake(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    row_weights: Tensor | None,
+    pooling: int,
+    map_counts: list[int],
+    map_layers: list[int],
+    scale_tensor: Tensor | None,
+    scale: float,
+    layer_weights: list[float],
+    normalize: bool,
+    detach_attention: bool,
+    mean: bool,
+    normalizer_tensor: Tensor | None,
+    normalizer: float,
+    details: bool,
+    student_grad: list[bool],
+    teacher_grad: list[bool],
+    scale_grad: bool,
+):
+    m, n = len(student), len(teacher)
+    dtype = compute_dtype(student[0], teacher[0])
+    rows = student[0].shape[:-1] if POOLINGS[pooling] == "token" else student[0].shape[:-2]
+    new = student[0].new_empty
+
+    def gradients(layers: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+        return [h.new_empty(h.shape) for h, w in zip(layers, wanted, strict=True) if w]
+
+    return (
+        new((), dtype=dtype),
+        new((m,), dtype=dtype),
+        new((m, *rows, n) if details else (0,), dtype=dtype),
+        new((m,) if details else (0,), dtype=dtype),
+        new((), dtype=dtype),
+        new((), dtype=dtype),
+        gradients(student, student_grad),
+        gradients(teacher, teacher_grad),
+    )
+
+
+for _name in FUSED_BACKENDS:
+    torch.library.register_fake(f"alpkd_fast::alp_{_name}", _fake, lib=_LIBRARY)
+
+
+def _load_binary() -> str | None:
+    """Load the compiled library, which registers its kernels; return why it cannot be, or None."""
+    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return (
+            "the compiled library is missing, as no C++ compiler was found at installation; install g++ or clang and "
+            "run pip install --force-reinstall --no-deps alpkd-fast"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the compiled library does not load with torch {torch.__version__}, which must be >= 2.10: {error}"
+    return None
+
+
+_BINARY_PROBLEM = _load_binary()
+
+
+def binary_problem() -> str | None:
+    """Why the compiled library cannot be used, with the remedy; None where it can."""
+    return _BINARY_PROBLEM
+
+
+def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run a fused backend on the problem; return loss, layer_losses, attention and entropy."""
+    m = len(problem.student)
+    scale, normalizer = problem.scale, problem.normalizer
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    normalizer_tensor = normalizer if isinstance(normalizer, Tensor) else None
+    table = problem.layer_map
+    options = (
+        problem.row_weights,
+        POOLINGS.index(problem.pooling),
+        [] if table is None else [len(layers) for layers in table],
+        [] if table is None else [j for layers in table for j in layers],
+        0.0 if scale_tensor is not None else scale,
+        [] if problem.layer_weights is None else list(problem.layer_weights),
+        problem.normalize,
+        problem.detach_attention,
+        problem.reduction == "mean",
+        normalizer_tensor,
+        0.0 if normalizer is None or normalizer_tensor is not None else normalizer,
+        problem.details,
+    )
+    return _FusedLoss.apply(backend, m, options, scale_tensor, *problem.student, *problem.teacher)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and gradients in the forward; the backward scales the gradients by the incoming one."""
+
+    @staticmethod
+    def forward(ctx, backend, m, options, scale_tensor, *layers):
+        row_weights, pooling, map_counts, map_layers, *rest = options
+        _, _, _, scale_grad, *wanted = ctx.needs_input_grad
+        operator = getattr(torch.ops.alpkd_fast, f"alp_{backend}").default
+        loss, layer_losses, attention, entropy, grad_factor, d_scale, d_student, d_teacher = operator(
+            layers[:m], layers[m:], row_weights, pooling, map_counts, map_layers, scale_tensor, *rest,
+            wanted[:m], wanted[m:], scale_grad,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(layer_losses, attention, entropy)
+        ctx.set_materialize_grads(False)
+        ctx.scale_dtype = scale_tensor.dtype if scale_grad else None
+        ctx.save_for_backward(grad_factor, d_scale, *d_student, *d_teacher)
+        return loss, layer_losses, attention, entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        grad_factor, d_scale, *stored = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(wanted)
+        gradients = _scaled(stored, grad_loss, grad_factor)
+        d_scale = (d_scale * grad_loss).to(ctx.scale_dtype) if wanted[3] else None
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients, d_scale = _forbid_second_derivative(gradients, d_scale)
+        remaining = iter(gradients)
+        return None, None, None, d_scale, *(next(remaining) if w else None for w in wanted[4:])
+
+
+def _scaled(stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
+    """Multiply the stored gradients by the incoming gradient and the factor left out of fp16 storage.
+
+    On the CPU the stored tensors are handed over as they are where the factor is 1, and multiplied in
+    place where it is not, but only while the graph is being freed: a kept graph needs them again.
+    """
+    factor = grad_loss * grad_factor
+    if torch.compiler.is_compiling() or factor.device.type != "cpu":
+        return [(g * factor).to(g.dtype) if g.dtype == factor.dtype else (g.to(factor.dtype) * factor).to(g.dtype)
+                for g in stored]  # fmt: skip
+    value = factor.item()
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [g * value for g in stored]
+    return stored if value == 1.0 else [g.mul_(value) for g in stored]
+
+
+def _forbid_second_derivative(gradients: list[Tensor], d_scale: Tensor | None):
+    anchor = torch.zeros((), requires_grad=True)
+    guarded = _NotTwiceDifferentiable.apply(anchor, *gradients, *(() if d_scale is None else (d_scale,)))
+    return (guarded, None) if d_scale is None else (guarded[:-1], guarded[-1])
+
+
+class _NotTwiceDifferentiable(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, anchor, *gradients):
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "alp_loss: the fused backends compute first derivatives only; to differentiate the gradient, call "
+            'alp_loss(..., backend="reference")'
+        )
