@@ -5,6 +5,7 @@ installs as pure Python. ALPKD_FAST_CPU=1 demands the library, ALPKD_FAST_CPU=0 
 """
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -13,6 +14,15 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
+
+# Each instruction set is one file of its own; which of them runs is chosen at run time.
+INSTRUCTION_SET_FLAGS = {
+    "row_kernel_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "row_kernel_avx512.cpp": [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+    ],
+}  # fmt: skip
 
 
 class BuildLibrary(build_ext):
@@ -24,12 +34,27 @@ class BuildLibrary(build_ext):
 
             extension.include_dirs += include_paths()
             extension.library_dirs += library_paths()
+            extension.extra_objects = [self.compile_source(extension, source) for source in extension.sources]
+            extension.sources = []
             super().build_extension(extension)
         except Exception as error:
             if os.environ.get("ALPKD_FAST_CPU") == "1":
                 raise
             print(f"alpkd_fast: the compiled library was not built, the package installs as pure Python: {error}",
                   file=sys.stderr)  # fmt: skip
+
+    def compile_source(self, extension, source):
+        on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        flags = INSTRUCTION_SET_FLAGS.get(Path(source).name, []) if on_x86 else []
+        (built,) = self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=extension.define_macros,
+            include_dirs=extension.include_dirs,
+            extra_postargs=[*extension.extra_compile_args, *flags],
+            depends=extension.depends,
+        )
+        return built
 
 
 library = Extension(
@@ -42,8 +67,9 @@ library = Extension(
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # LibTorch 2.10
     ],
     # -ffp-contract=fast: a * b + c is one fused multiply-add; never -ffast-math, NaN must come through.
-    extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"],
+    extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized"],
     libraries=["torch_cpu"],
+    language="c++",
     py_limited_api=True,
     optional=os.environ.get("ALPKD_FAST_CPU") != "1",
 )

@@ -1,0 +1,24 @@
+// The operator on the CPU: alpkd_fast::alp_cpu, with the schema of alpkd_fast/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace alp {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// loss, layer_losses, attention, entropy, grad_factor, d_scale, d_student, d_teacher
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors>;
+
+Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weights, int64_t pooling,
+                std::vector<int64_t> map_counts, std::vector<int64_t> map_layers, std::optional<Tensor> scale_tensor,
+                double scale, std::vector<double> layer_weights, bool normalize, bool detach_attention, bool mean,
+                std::optional<Tensor> normalizer_tensor, double normalizer, bool details,
+                std::vector<bool> student_grad, std::vector<bool> teacher_grad, bool scale_grad);
+
+}  // namespace alp

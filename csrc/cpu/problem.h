@@ -1,0 +1,85 @@
+// What the host hands to the row kernels: plain data, no torch types, so that each instruction set's
+// translation unit includes nothing whose inline code could be merged across units.
+#pragma once
+
+#include <cstdint>
+
+namespace alp {
+
+enum class Dtype : int8_t { f32, f64, bf16, f16 };
+enum class WeightType : int8_t { none, boolean, u8, i8, i16, i32, i64, f16, bf16, f32, f64 };
+enum class Pooling : int8_t { token, cls, last, mean };
+
+// One hidden state (*lead, D), seen as rows of D contiguous elements at two strides.
+struct Layer {
+  const char* data;
+  int64_t inner;         // rows per outer step; 0 where one stride reaches every row
+  int64_t outer_stride;  // bytes
+  int64_t inner_stride;  // bytes
+  char* grad;            // contiguous (*lead, D) in the layer's dtype, or null where unwanted
+};
+
+// Student layers that attend to the same teacher layers: a dense block of the attention.
+struct Group {
+  const int* student;  // indices of its m student layers
+  const int* teacher;  // indices of its n teacher layers
+  int m, n;
+};
+
+struct Problem {
+  int64_t rows;  // pooled rows; a row is a sequence for every pooling but token
+  int64_t seq;   // S: positions per row; 1 for token
+  int64_t D;
+  int m, n;
+  Pooling pooling;
+  Dtype student_dtype, teacher_dtype;
+  const Layer* student;  // [m]
+  const Layer* teacher;  // [n]
+  const void* weights;   // (*lead), contiguous
+  WeightType weight_type;
+
+  const Group* groups;  // of student layers
+  int group_count;
+  const Group* teacher_groups;  // teacher layers that the same student layers attend to; only for teacher gradients
+  int teacher_group_count;
+  const bool* student_active;  // [m] in a group
+  const bool* teacher_active;  // [n] in a group
+
+  double scale;                 // tau
+  const double* gradient_coef;  // [m] 2 omega_i / N, or what of it is stored
+  bool normalize, detach;
+  bool student_grad, teacher_grad, scale_grad;  // whether any such gradient is wanted
+  bool stream;                                  // gradients exceed the caches: write past them
+  void* attention;                              // (m, rows, n) in the compute dtype, or null without details
+};
+
+// What one chunk of rows adds up to, summed over chunks in a fixed order by the host.
+struct Partial {
+  double* loss;     // [m] sum of mu ||e||^2
+  double* entropy;  // [m] sum of mu H(a)
+  double* d_scale;  // [1]
+};
+
+// One instruction set's kernels for one compute dtype.
+struct Kernel {
+  int64_t (*scratch_bytes)(const Problem&);  // what one thread needs
+  void (*run)(const Problem&, int64_t begin, int64_t end, char* scratch, Partial);
+};
+struct Kernels {
+  Kernel f32, f64;
+};
+extern const Kernels kernels_plain;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// static: an inline function would be merged across units, and with it the choice of instructions.
+static inline const char* row_of(const Layer& layer, int64_t r) {
+  if (layer.inner == 0) return layer.data + r * layer.inner_stride;
+  return layer.data + (r / layer.inner) * layer.outer_stride + (r % layer.inner) * layer.inner_stride;
+}
+
+static inline int64_t dtype_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
+}  // namespace alp
