@@ -67,7 +67,7 @@ library = Extension(
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # LibTorch 2.10
     ],
     # -ffp-contract=fast: a * b + c is one fused multiply-add; never -ffast-math, NaN must come through.
-    extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized"],
+    extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g1", "-Wno-maybe-uninitialized"],
     libraries=["torch_cpu"],
     language="c++",
     py_limited_api=True,

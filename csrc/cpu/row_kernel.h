@@ -35,33 +35,60 @@ class Arena {
     used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
     return reinterpret_cast<T*>(at);
   }
+  template <class T>
+  T* zeros(int64_t count) {
+    T* at = take<T>(count);
+    if (base != nullptr) __builtin_memset(at, 0, count * sizeof(T));
+    return at;
+  }
   int64_t used = 0;
 
  private:
   char* base;
 };
 
-template <class A>
+template <class T>
+bool stored_as(Dtype type);
+template <>
+bool stored_as<float>(Dtype type) { return type == Dtype::f32; }
+template <>
+bool stored_as<double>(Dtype type) { return type == Dtype::f64; }
+template <>
+bool stored_as<Bf16>(Dtype type) { return type == Dtype::bf16; }
+template <>
+bool stored_as<Fp16>(Dtype type) { return type == Dtype::f16; }
+
+// A is the compute dtype. T is the dtype of the rows that the products read: the hidden states' own where
+// both sides share it, else A, and the rows are widened into scratch first.
+template <class A, class T>
 class RowKernel {
  public:
   RowKernel(const Problem& p, Arena& arena, Partial partial) : p(p), partial(partial) {
     const int64_t m = p.m, n = p.n, mn = m * n;
     const bool mean = p.pooling == Pooling::mean;
-    s = arena.take<const A*>(m);
-    t = arena.take<const A*>(n);
+    s = arena.take<const T*>(m);
+    t = arena.take<const T*>(n);
     h = arena.take<const A*>(m);
-    rows_a = arena.take<const A*>(m > n ? m : n);
-    rows_b = arena.take<const A*>(n > 2 * m ? n : 2 * m);
-    next = arena.take<const char*>(m + n);
+    group_s = arena.take<const T*>(m);
+    group_t = arena.take<const T*>(n);
+    bases = arena.take<const A*>(m > n ? m : n);
+    rows = arena.take<const A*>(2 * m);
+    next_s = arena.take<const char*>(m);
+    next_t = arena.take<const char*>(n);
+    group_next_s = arena.take<const char*>(m);
+    group_next_t = arena.take<const char*>(n);
     out = arena.take<char*>(m > n ? m : n);
     squares = arena.take<double>(m);
+    // Student layers lie side by side, in full vectors: (n, ld) and (ld) arrays. The lanes behind the last
+    // student layer are computed like the others and never read.
+    const int64_t ld = lanes(p.m), lanes_n = n * ld;
     weight = arena.take<A>(m);
     base_scale = arena.take<A>(m > n ? m : n);
-    // Read by full vectors, hence the room behind the last element.
-    z = arena.take<A>(mn + 16);
-    a = arena.take<A>(mn + 16);
-    products = arena.take<A>(mn);
-    coef = arena.take<A>(p.teacher_grad ? 2 * mn : mn);
+    z = arena.zeros<A>(lanes_n);
+    a = arena.zeros<A>(lanes_n);
+    products = arena.zeros<A>(lanes_n);
+    coef = arena.zeros<A>(p.teacher_grad && 2 * m * n > lanes_n ? 2 * m * n : lanes_n);
+    group_weight = arena.zeros<A>(ld);
     all_a = arena.take<A>(p.teacher_grad ? mn : 0);
     all_c = arena.take<A>(p.teacher_grad ? mn : 0);
 
@@ -69,17 +96,13 @@ class RowKernel {
     pitch = (p.D + 15) / 16 * 16 + 16;
     residual = arena.take<A>(m * pitch);
     spare = arena.take<A>(pitch);
-    own_s = arena.take<A>(direct(p.student_dtype) ? 0 : m * pitch);
-    own_t = arena.take<A>(direct(p.teacher_dtype) ? 0 : n * pitch);
+    own_s = arena.take<A>(direct() ? 0 : m * pitch);
+    own_t = arena.take<A>(direct() ? 0 : n * pitch);
+    wide_s = arena.take<A>(p.teacher_grad && direct() && sizeof(T) != sizeof(A) ? m * pitch : 0);
     combined = arena.take<A>(p.normalize ? m * pitch : 0);
     student_side = arena.take<A>(p.normalize ? m * pitch : 0);
     pooled_student_grad = arena.take<A>(mean && p.student_grad ? m * pitch : 0);
     pooled_teacher_grad = arena.take<A>(mean && p.teacher_grad ? n * pitch : 0);
-
-    prefetch.rows = next;
-    prefetch.student_rows = p.m;
-    prefetch.bytes[0] = p.D * dtype_size(p.student_dtype);
-    prefetch.bytes[1] = p.D * dtype_size(p.teacher_dtype);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -96,7 +119,7 @@ class RowKernel {
       }
       for (int j = 0; j < p.n; ++j)
         if (p.teacher_active[j]) t[j] = fetch(p.teacher[j], p.teacher_dtype, own_t + j * pitch, position);
-      announce(r + 1, end);
+      look_ahead(r + 1, end);
       for (int g = 0; g < p.group_count; ++g) group(p.groups[g], r, position, mu);
       if (p.teacher_grad) teacher_gradients(position);
       complete(r, position);
@@ -107,22 +130,27 @@ class RowKernel {
  private:
   const Problem& p;
   Partial partial;
-  const A **s, **t;            // [m], [n] this row of each layer, in the compute dtype
-  const A** h;                 // [m] what stands for e_i in p_ij and dt_j
-  const A **rows_a, **rows_b;  // the rows of a product
-  const char** next;           // [m + n] where the next row of each layer starts
+  const T **s, **t;              // [m], [n] this row of each layer
+  const A** h;                   // [m] what stands for e_i in p_ij and dt_j
+  const T **group_s, **group_t;  // those of a group
+  const A **bases, **rows;       // rows of a product
+  const char **next_s, **next_t, **group_next_s, **group_next_t;  // where the next rows start
+  bool ahead = false;                                             // whether they are known
   char** out;
   double* squares;
-  A *weight, *base_scale;  // [m] 2w
-  A *z, *a, *products, *coef;
+  A *weight, *base_scale;          // [m] 2w, and the factors of a combination's bases
+  A *z, *a, *products, *coef;      // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
+  A* group_weight;                 // [ld] 2w of a group's student layers
   A *all_a, *all_c;  // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
   int64_t pitch;     // from one scratch row to the next
-  A *residual, *spare, *own_s, *own_t, *combined, *student_side, *pooled_student_grad, *pooled_teacher_grad;
-  Prefetcher prefetch{}, idle{};
+  A *residual, *spare, *own_s, *own_t, *wide_s, *combined, *student_side, *pooled_student_grad, *pooled_teacher_grad;
   double mean_total = 0;  // sum of the weights of a "mean" row
 
   static constexpr Dtype kCompute = sizeof(A) == 4 ? Dtype::f32 : Dtype::f64;
-  bool direct(Dtype type) const { return type == kCompute && p.pooling != Pooling::mean; }
+  static int64_t lanes(int m) { return (m + 15) / 16 * 16; }
+  bool direct() const {
+    return stored_as<T>(p.student_dtype) && stored_as<T>(p.teacher_dtype) && p.pooling != Pooling::mean;
+  }
   bool with_gradient() const { return p.student_grad || p.teacher_grad || p.scale_grad; }
   bool through_attention() const { return with_gradient() && !p.detach && (p.scale != 0 || p.scale_grad); }
 
@@ -145,11 +173,11 @@ class RowKernel {
     return first;
   }
 
-  const A* fetch(const Layer& layer, Dtype type, A* own, int64_t position) {
-    if (direct(type)) return reinterpret_cast<const A*>(row_of(layer, position));
+  const T* fetch(const Layer& layer, Dtype type, A* own, int64_t position) {
+    if (direct()) return reinterpret_cast<const T*>(row_of(layer, position));
     if (p.pooling != Pooling::mean) {
       unpack<A>(row_of(layer, position), type, own, p.D);
-      return own;
+      return reinterpret_cast<const T*>(own);  // T is A here
     }
     for (int64_t d = 0; d < p.D; ++d) own[d] = 0;
     for (int64_t k = 0; k < p.seq; ++k) {
@@ -159,19 +187,17 @@ class RowKernel {
       unpack<A>(row_of(layer, position + k), type, spare, p.D);
       for (int64_t d = 0; d < p.D; ++d) own[d] += share * spare[d];
     }
-    return own;
+    return reinterpret_cast<const T*>(own);
   }
 
-  // Tell the prefetcher where the next row lies.
-  void announce(int64_t r, int64_t end) {
-    int count = 0;
+  // Where the next row lies, for the products to prefetch.
+  void look_ahead(int64_t r, int64_t end) {
     const int64_t position = r * p.seq;
     const bool known = p.pooling == Pooling::token || p.pooling == Pooling::cls;
-    if (known && r < end && row_weight(p, position) != 0) {
-      for (int i = 0; i < p.m; ++i) next[count++] = row_of(p.student[i], position);
-      for (int j = 0; j < p.n; ++j) next[count++] = row_of(p.teacher[j], position);
-    }
-    prefetch.start(count);
+    ahead = direct() && known && r < end && row_weight(p, position) != 0;
+    if (!ahead) return;
+    for (int i = 0; i < p.m; ++i) next_s[i] = row_of(p.student[i], position);
+    for (int j = 0; j < p.n; ++j) next_t[j] = row_of(p.teacher[j], position);
   }
 
   // Where a layer's gradient row goes: to memory, to scratch until it is spread, or to nowhere.
@@ -185,64 +211,81 @@ class RowKernel {
   // One dense block of the attention: students that attend to the same teachers.
   void group(const Group& g, int64_t r, int64_t position, double mu) {
     const int m = g.m, n = g.n;
-    for (int i = 0; i < m; ++i) rows_a[i] = s[g.student[i]];
-    for (int j = 0; j < n; ++j) rows_b[j] = t[g.teacher[j]];
+    for (int i = 0; i < m; ++i) {
+      group_s[i] = s[g.student[i]];
+      group_next_s[i] = next_s[g.student[i]];
+    }
+    for (int j = 0; j < n; ++j) {
+      group_t[j] = t[g.teacher[j]];
+      group_next_t[j] = next_t[g.teacher[j]];
+    }
     attend(g, r, mu);
     if (p.normalize)
       compare_normalised(g, mu);
     else
       compare(g, mu);
     if (!with_gradient()) return;
+    const int64_t ld = lanes(m);
     const bool varies = n > 1 && through_attention();
     if (varies) {
-      for (int i = 0; i < m; ++i) rows_a[i] = h[g.student[i]];
-      dots<A>(m, rows_a, n, rows_b, p.D, products, n, prefetch);  // p_ij = <e_i, t_j>
-      for (int i = 0; i < m; ++i) differentiate_softmax(g, i);    // products becomes c_ij
+      for (int i = 0; i < m; ++i) {
+        rows[i] = h[g.student[i]];
+        group_weight[i] = weight[g.student[i]];
+      }
+      dots<A>(m, rows, n, group_t, p.D, products, ld);  // p_ij = <e_i, t_j>
+      differentiate_softmax(m, n);
     }
     if (p.teacher_grad)
       for (int i = 0; i < m; ++i)
         for (int j = 0; j < n; ++j) {
           const int64_t at = int64_t(g.student[i]) * p.n + g.teacher[j];
-          all_a[at] = a[i * n + j];
-          all_c[at] = varies ? A(p.scale) * products[i * n + j] : A(0);
+          all_a[at] = a[j * ld + i];
+          all_c[at] = varies ? A(p.scale) * products[j * ld + i] : A(0);
         }
     if (!p.student_grad) return;
     // ds_i = 2w (h_i - tau sum_j c_ij t_j)
     for (int i = 0; i < m; ++i) {
       const int student = g.student[i];
-      rows_a[i] = p.normalize ? student_side + student * pitch : h[student];
+      bases[i] = p.normalize ? student_side + student * pitch : h[student];
       base_scale[i] = weight[student];
       out[i] = gradient_row(p.student[student], p.student_dtype, pooled_student_grad + student * pitch, position);
-      if (varies)
-        for (int j = 0; j < n; ++j) coef[j * m + i] = -weight[student] * A(p.scale) * products[i * n + j];
     }
-    const Combination<A> gradient{m, varies ? n : 0, rows_a, base_scale, rows_b, coef, m, out, nullptr};
-    combine_into<A>(gradient_dtype(p.student_dtype), p.stream, gradient, p.D, prefetch);
+    Combination<A, A, T> gradient{m, varies ? n : 0, bases, base_scale, group_t, coef, ld, out, nullptr};
+    prefetch_half_of_next_row(gradient, 1);
+    combine_into(gradient_dtype(p.student_dtype), p.stream, gradient, p.D);
   }
 
-  // c_ij = a_ij (p_ij - sum_j a_ij p_ij), and its share of the scale's gradient
-  void differentiate_softmax(const Group& g, int i) {
-    A* row = products + i * g.n;
-    const A *attention = a + i * g.n, *score = z + i * g.n;
-    A mean = 0;
-    for (int j = 0; j < g.n; ++j) mean += attention[j] * row[j];
-    double d_scale = 0;
-    for (int j = 0; j < g.n; ++j) {
-      row[j] = attention[j] * (row[j] - mean);
-      if (p.scale_grad) d_scale += double(row[j]) * double(score[j]);
+  // products: p_ij becomes c_ij = a_ij (p_ij - sum_j a_ij p_ij), coef = -2 w tau c_ij; the scale's gradient
+  void differentiate_softmax(int m, int n) {
+    using V = Vec<A>;
+    const int64_t ld = lanes(m);
+    const A scale = A(p.scale);
+    for (int64_t i = 0; i < ld; i += kWidth<A>) {
+      V mean = {};
+      for (int64_t k = i; k < n * ld; k += ld) mean += load<V>(a + k) * load<V>(products + k);
+      const V factor = load<V>(group_weight + i) * -scale;
+      for (int64_t k = i; k < n * ld; k += ld) {
+        const V c = load<V>(a + k) * (load<V>(products + k) - mean);
+        store(products + k, c);
+        store(coef + k, c * factor);
+      }
     }
-    partial.d_scale[0] -= double(weight[g.student[i]]) * d_scale;
+    if (!p.scale_grad) return;
+    for (int i = 0; i < m; ++i) {
+      double d_scale = 0;
+      for (int64_t k = i; k < n * ld; k += ld) d_scale += double(products[k]) * double(z[k]);
+      partial.d_scale[0] -= double(group_weight[i]) * d_scale;
+    }
   }
 
   // a_ij, and what return_details shows of it
   void attend(const Group& g, int64_t r, double mu) {
     const int m = g.m, n = g.n;
-    if (n == 1) {  // softmax over one layer is 1, whatever the score
-      for (int i = 0; i < m; ++i) a[i] = 1;
-    } else if (p.scale == 0 && !p.scale_grad) {
-      for (int k = 0; k < m * n; ++k) a[k] = A(1) / A(n);
+    const int64_t ld = lanes(m);
+    if (n == 1 || (p.scale == 0 && !p.scale_grad)) {  // constant, whatever the scores
+      for (int64_t k = 0; k < n * ld; ++k) a[k] = A(1) / A(n);
     } else {
-      dots<A>(m, rows_a, n, rows_b, p.D, z, n, idle);
+      dots<A>(m, group_s, n, group_t, p.D, z, ld);
       softmax(m, n);
     }
     if (p.attention == nullptr) return;
@@ -251,7 +294,7 @@ class RowKernel {
       A* attention = static_cast<A*>(p.attention) + (int64_t(g.student[i]) * p.rows + r) * p.n;
       for (int j = 0; j < p.n; ++j) attention[j] = 0;
       for (int j = 0; j < n; ++j) {
-        const double a_ij = a[i * n + j];
+        const double a_ij = a[j * ld + i];
         attention[g.teacher[j]] = A(a_ij);
         if (!(a_ij <= 0)) entropy -= a_ij * __builtin_log(a_ij);
       }
@@ -259,39 +302,41 @@ class RowKernel {
     }
   }
 
-  // a = softmax(tau z) per student layer, with the maximum subtracted
+  // a = softmax_j(tau z), with the maximum subtracted
   void softmax(int m, int n) {
+    using V = Vec<A>;
+    const int64_t ld = lanes(m);
     const A scale = A(p.scale);
-    for (int i = 0; i < m; ++i) {
-      A top = scale * z[i * n];
-      for (int j = 1; j < n; ++j) top = scale * z[i * n + j] > top ? scale * z[i * n + j] : top;
-      for (int j = 0; j < n; ++j) a[i * n + j] = scale * z[i * n + j] - top;
-    }
-    if constexpr (sizeof(A) == 4) {
-      for (int k = 0; k < m * n; k += kWidth<A>) store(a + k, exp_nonpositive(load<Vec<A>>(a + k)));
-    } else {
-      for (int k = 0; k < m * n; ++k) a[k] = __builtin_exp(a[k]);
-    }
-    for (int i = 0; i < m; ++i) {
-      A total = 0;
-      for (int j = 0; j < n; ++j) total += a[i * n + j];
-      const A inverse = 1 / total;
-      for (int j = 0; j < n; ++j) a[i * n + j] *= inverse;
+    for (int64_t i = 0; i < ld; i += kWidth<A>) {
+      V top = load<V>(z + i) * scale;
+      for (int64_t k = i + ld; k < n * ld; k += ld) {
+        const V score = load<V>(z + k) * scale;
+        top = score > top ? score : top;
+      }
+      V total = {};
+      for (int64_t k = i; k < n * ld; k += ld) {
+        const V e = exp_nonpositive(load<V>(z + k) * scale - top);
+        store(a + k, e);
+        total += e;
+      }
+      const V inverse = A(1) / total;
+      for (int64_t k = i; k < n * ld; k += ld) store(a + k, load<V>(a + k) * inverse);
     }
   }
 
   // e_i = s_i - sum_j a_ij t_j, its square into the loss
   void compare(const Group& g, double mu) {
     const int m = g.m, n = g.n;
+    const int64_t ld = lanes(m);
+    for (int64_t k = 0; k < n * ld; ++k) coef[k] = -a[k];
     for (int i = 0; i < m; ++i) {
-      for (int j = 0; j < n; ++j) coef[j * m + i] = -a[i * n + j];
-      base_scale[i] = 1;
       A* e = residual + g.student[i] * pitch;
       h[g.student[i]] = e;
       out[i] = reinterpret_cast<char*>(e);
     }
-    const Combination<A> difference{m, n, rows_a, base_scale, rows_b, coef, m, out, squares};
-    combine<Out::plain>(difference, p.D, prefetch);
+    Combination<A, T, T> difference{m, n, group_s, nullptr, group_t, coef, ld, out, squares};
+    prefetch_half_of_next_row(difference, 0);
+    combine<Out::plain, true>(difference, p.D);
     for (int i = 0; i < m; ++i) partial.loss[g.student[i]] += mu * squares[i];
   }
 
@@ -302,37 +347,47 @@ class RowKernel {
     const double eps = 1e-12;
     for (int i = 0; i < m; ++i) {
       const int student = g.student[i];
-      const A* x = rows_a[i];
+      const T* x = group_s[i];
       A *c = combined + student * pitch, *e = residual + student * pitch, *h_s = student_side + student * pitch;
-      A* c_row = a + i * n;
-      combine_one(rows_b[0], c_row[0], n - 1, rows_b + 1, c_row + 1, c, nullptr);  // C
+      const int64_t ld = lanes(m);
+      for (int j = 0; j < n; ++j) coef[j] = a[j * ld + i];
+      combine_one(group_t[0], coef[0], n - 1, group_t + 1, coef + 1, c);  // C
       const double length_x = __builtin_sqrt(double(dot(x, x))), length_c = __builtin_sqrt(double(dot(c, c)));
       const A inverse_x = A(1 / (length_x < eps ? eps : length_x));
       const A inverse_c = A(1 / (length_c < eps ? eps : length_c));
       A minus = -inverse_c;
       const A* c_pointer = c;
-      double square;
-      combine_one(x, inverse_x, 1, &c_pointer, &minus, e, &square);  // e
-      partial.loss[student] += mu * square;
+      combine_one(x, inverse_x, 1, &c_pointer, &minus, e);  // e
+      partial.loss[student] += mu * double(dot(e, e));
       if (!with_gradient()) continue;
       A along_x = length_x < eps ? A(0) : -inverse_x * inverse_x * inverse_x * dot(x, e);
       A along_c = length_c < eps ? A(0) : -inverse_c * inverse_c * inverse_c * dot(c, e);
-      combine_one(e, inverse_x, 1, &x, &along_x, h_s, nullptr);
-      combine_one(e, inverse_c, 1, &c_pointer, &along_c, e, nullptr);  // h_C, over e column by column
+      combine_one(e, inverse_x, 1, &x, &along_x, h_s);
+      combine_one(e, inverse_c, 1, &c_pointer, &along_c, e);  // h_C, over e column by column
       h[student] = e;
     }
   }
 
-  A dot(const A* x, const A* y) {
+  template <class X, class Y>
+  A dot(const X* x, const Y* y) {
     A result;
-    dots<A>(1, &x, 1, &y, p.D, &result, 1, idle);
+    dots<A>(1, &x, 1, &y, p.D, &result, 1);
     return result;
   }
 
-  void combine_one(const A* base, A base_scale, int n, const A* const* x, const A* c, A* to, double* square) {
+  template <class B, class X>
+  void combine_one(const B* base, A base_factor, int n, const X* const* x, const A* c, A* to) {
     char* target = reinterpret_cast<char*>(to);
-    const Combination<A> one{1, n, &base, &base_scale, x, c, 1, &target, square};
-    combine<Out::plain>(one, p.D, idle);
+    const Combination<A, B, X> one{1, n, &base, &base_factor, x, c, 1, &target, nullptr};
+    combine<Out::plain>(one, p.D);
+  }
+
+  template <class B>
+  void prefetch_half_of_next_row(Combination<A, B, T>& c, int half) {
+    if (!ahead) return;
+    c.next_base = group_next_s;
+    c.next_x = group_next_t;
+    c.half = half;
   }
 
   // dt_j = -2 sum_i w (a_ij h_i + tau c_ij s_i), for teacher layers that the same students attend to
@@ -342,8 +397,8 @@ class RowKernel {
       const int m = g.m, n = g.n;
       for (int i = 0; i < m; ++i) {
         const int student = g.student[i];
-        rows_b[i] = h[student];
-        rows_b[m + i] = s[student];
+        rows[i] = h[student];
+        rows[m + i] = wide_student(student);
         for (int j = 0; j < n; ++j) {
           const int64_t at = int64_t(student) * p.n + g.teacher[j];
           coef[i * n + j] = -weight[student] * all_a[at];
@@ -352,13 +407,22 @@ class RowKernel {
       }
       for (int j = 0; j < n; ++j) {
         const int teacher = g.teacher[j];
-        rows_a[j] = rows_b[0];  // the first row is the base of every output, the others are added
+        bases[j] = rows[0];  // the first row is the base of every output, the others are added
         base_scale[j] = coef[j];
         out[j] = gradient_row(p.teacher[teacher], p.teacher_dtype, pooled_teacher_grad + teacher * pitch, position);
       }
       const int count = through_attention() ? 2 * m : m;
-      const Combination<A> gradient{n, count - 1, rows_a, base_scale, rows_b + 1, coef + n, n, out, nullptr};
-      combine_into<A>(gradient_dtype(p.teacher_dtype), p.stream, gradient, p.D, prefetch);
+      const Combination<A, A, A> gradient{n, count - 1, bases, base_scale, rows + 1, coef + n, n, out, nullptr};
+      combine_into(gradient_dtype(p.teacher_dtype), p.stream, gradient, p.D);
+    }
+  }
+
+  const A* wide_student(int i) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      return s[i];
+    } else {
+      unpack<A>(reinterpret_cast<const char*>(s[i]), p.student_dtype, wide_s + i * pitch, p.D);
+      return wide_s + i * pitch;
     }
   }
 
@@ -394,8 +458,8 @@ class RowKernel {
         continue;
       }
       const A share = A(weight_k / mean_total);
-      const Combination<A> scaled{1, 0, &pooled, &share, nullptr, nullptr, 1, &row, nullptr};
-      combine_into<A>(type, p.stream, scaled, p.D, idle);
+      const Combination<A, A, A> scaled{1, 0, &pooled, &share, nullptr, nullptr, 1, &row, nullptr};
+      combine_into(type, p.stream, scaled, p.D);
     }
   }
 
@@ -416,18 +480,23 @@ class RowKernel {
   static void zero(char* at, int64_t bytes) { __builtin_memset(at, 0, bytes); }
 };
 
-template <class A>
+template <class A, class T>
 int64_t scratch_bytes(const Problem& p) {
   Arena arena(nullptr);
-  RowKernel<A>(p, arena, {});
+  RowKernel<A, T>(p, arena, {});
   return arena.used;
 }
 
-template <class A>
+template <class A, class T>
 void run(const Problem& p, int64_t begin, int64_t end, char* scratch, Partial partial) {
   Arena arena(scratch);
-  RowKernel<A>(p, arena, partial).run(begin, end);
+  RowKernel<A, T>(p, arena, partial).run(begin, end);
 }
+
+template <class A, class T>
+constexpr Kernel kernel = {scratch_bytes<A, T>, run<A, T>};
+
+constexpr Kernels kernels = {kernel<float, float>, kernel<double, double>, kernel<float, Bf16>, kernel<float, Fp16>};
 
 }  // namespace
 }  // namespace alp::ALP_ISA

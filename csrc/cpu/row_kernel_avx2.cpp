@@ -8,6 +8,6 @@
 #include "row_kernel.h"
 
 namespace alp {
-const Kernels kernels_avx2 = {{avx2::scratch_bytes<float>, avx2::run<float>}, {avx2::scratch_bytes<double>, avx2::run<double>}};
+const Kernels kernels_avx2 = avx2::kernels;
 }  // namespace alp
 #endif

@@ -8,6 +8,6 @@
 #include "row_kernel.h"
 
 namespace alp {
-const Kernels kernels_avx512 = {{avx512::scratch_bytes<float>, avx512::run<float>}, {avx512::scratch_bytes<double>, avx512::run<double>}};
+const Kernels kernels_avx512 = avx512::kernels;
 }  // namespace alp
 #endif

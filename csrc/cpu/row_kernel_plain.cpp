@@ -7,5 +7,5 @@
 #include "row_kernel.h"
 
 namespace alp {
-const Kernels kernels_plain = {{plain::scratch_bytes<float>, plain::run<float>}, {plain::scratch_bytes<double>, plain::run<double>}};
+const Kernels kernels_plain = plain::kernels;
 }  // namespace alp

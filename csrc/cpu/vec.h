@@ -33,14 +33,40 @@ inline void store(A* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-template <class A>
-inline A sum(Vec<A> v) {
-  // Halving keeps the additions independent; the order is fixed by the code, not by the data.
-  A lane[kWidth<A>];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int half = kWidth<A> / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
+// Sum of the lanes. Halving keeps the additions independent; the order is fixed by the width alone.
+template <class A, int kLanes, class V>
+inline A sum(V v) {
+  if constexpr (kLanes == 1) {
+    return v[0];
+  } else {
+    typedef A Half __attribute__((vector_size(kLanes / 2 * sizeof(A))));
+    Half low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
+    return sum<A, kLanes / 2>(low + high);
+  }
+}
+
+// Sums of four float vectors at once, in a quarter of the shuffles.
+typedef float Quad __attribute__((vector_size(16)));
+template <int kLanes, class V>
+inline Quad fold(V v) {
+  if constexpr (kLanes == 4) {
+    return v;
+  } else {
+    typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+    Half low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
+    return fold<kLanes / 2>(low + high);
+  }
+}
+inline Quad sum4(Vec<float> v0, Vec<float> v1, Vec<float> v2, Vec<float> v3) {
+  constexpr int W = kWidth<float>;
+  const Quad q0 = fold<W>(v0), q1 = fold<W>(v1), q2 = fold<W>(v2), q3 = fold<W>(v3);
+  const Quad pairs01 = __builtin_shufflevector(q0, q1, 0, 4, 1, 5) + __builtin_shufflevector(q0, q1, 2, 6, 3, 7);
+  const Quad pairs23 = __builtin_shufflevector(q2, q3, 0, 4, 1, 5) + __builtin_shufflevector(q2, q3, 2, 6, 3, 7);
+  return __builtin_shufflevector(pairs01, pairs23, 0, 1, 4, 5) + __builtin_shufflevector(pairs01, pairs23, 2, 3, 6, 7);
 }
 
 // ---- bf16 and fp16, held as their bits ----------------------------------------------------------
@@ -84,46 +110,68 @@ inline uint16_t float_to_fp16(float x) {
 #endif
 }
 
-template <class A>
-inline A load_scalar(const char* row, Dtype type, int64_t d) {
-  switch (type) {
-    case Dtype::f32: return A(reinterpret_cast<const float*>(row)[d]);
-    case Dtype::f64: return A(reinterpret_cast<const double*>(row)[d]);
-    case Dtype::bf16: return A(bf16_to_float(reinterpret_cast<const uint16_t*>(row)[d]));
-    default: return A(fp16_to_float(reinterpret_cast<const uint16_t*>(row)[d]));
-  }
+// The 16-bit dtypes as types, so that a product can read its rows as they lie in memory.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(Bf16 x) { return bf16_to_float(x.bits); }
+inline float widen(Fp16 x) { return fp16_to_float(x.bits); }
+
+// kWidth<A> elements as a vector of the compute dtype.
+inline Vec<float> load_row(const float* p) { return load<Vec<float>>(p); }
+inline Vec<double> load_row(const double* p) { return load<Vec<double>>(p); }
+inline Vec<float> load_row(const Bf16* p) {
+  typedef uint16_t Bits __attribute__((vector_size(ALP_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(ALP_VECTOR_BYTES)));
+  Bits bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)(__builtin_convertvector(bits, Wide) << 16);
+}
+inline Vec<float> load_row(const Fp16* p) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__) && ALP_VECTOR_BYTES == 32
+  return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int k = 0; k < kWidth<float>; ++k) v[k] = fp16_to_float(p[k].bits);
+  return v;
+#endif
+}
+
+// The same for one element: V is the vector or the scalar type.
+template <class V, class T>
+inline V load_as(const T* p) {
+  if constexpr (sizeof(V) == ALP_VECTOR_BYTES)
+    return load_row(p);
+  else
+    return V(widen(*p));
+}
+
+template <class A, class T>
+void unpack_row(const char* row, A* out, int64_t D) {
+  const T* x = reinterpret_cast<const T*>(row);
+  int64_t d = 0;
+  if constexpr (sizeof(A) == 4 && sizeof(T) <= 4)
+    for (; d + kWidth<A> <= D; d += kWidth<A>) store(out + d, load_row(x + d));
+  for (; d < D; ++d) out[d] = A(widen(x[d]));
 }
 
 // Widen a row into the compute dtype.
 template <class A>
 void unpack(const char* row, Dtype type, A* out, int64_t D) {
-  int64_t d = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {
-    const uint16_t* half = reinterpret_cast<const uint16_t*>(row);
-    if (type == Dtype::bf16)
-      for (; d + 16 <= D; d += 16) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + d));
-        _mm512_storeu_si512(out + d, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-      }
-    if (type == Dtype::f16)
-      for (; d + 16 <= D; d += 16)
-        _mm512_storeu_ps(out + d, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + d))));
+  switch (type) {
+    case Dtype::f32: return unpack_row<A, float>(row, out, D);
+    case Dtype::f64: return unpack_row<A, double>(row, out, D);
+    case Dtype::bf16: return unpack_row<A, Bf16>(row, out, D);
+    case Dtype::f16: return unpack_row<A, Fp16>(row, out, D);
   }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) {
-    const uint16_t* half = reinterpret_cast<const uint16_t*>(row);
-    if (type == Dtype::bf16)
-      for (; d + 8 <= D; d += 8) {
-        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + d));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-      }
-    if (type == Dtype::f16)
-      for (; d + 8 <= D; d += 8)
-        _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + d))));
-  }
-#endif
-  for (; d < D; ++d) out[d] = load_scalar<A>(row, type, d);
 }
 
 // ---- Stores of a gradient row: the compute dtype, the same past the caches, or a narrower dtype ------
@@ -203,15 +251,14 @@ inline void fence() {
 #endif
 }
 
-// ---- exp(x) for x <= 0, at most 1 ulp off in float over the range that matters ----------------------
+// ---- exp(x) for x <= 0 ------------------------------------------------------------------------------
 
-template <class V>
-inline V exp_nonpositive(V x) {
+inline Vec<float> exp_nonpositive(Vec<float> x) {
   // x = k ln 2 + f with |f| <= ln 2 / 2; exp f by its Taylor polynomial of degree 7, then times 2^k.
-  const float lowest = -87.0f;  // exp of it is the smallest normal float; below, the softmax weight is 0 to fp32
-  const V far = V{} + lowest;
-  const V clamped = x < far ? far : x;  // NaN stays NaN
-  const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  using V = Vec<float>;
+  const V lowest = V{} - 87.0f;  // below, exp leaves the normal floats: a weight of 0 beside the maximum's 1
+  const V clamped = x < lowest ? lowest : x;  // NaN stays NaN
+  const V shifter = V{} + 12582912.0f;        // 1.5 * 2^23: adding it rounds to an integer
   const V k = (clamped * 1.44269504088896341f + shifter) - shifter;
   const V f = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
   V p = V{} + 1.0f / 5040;
@@ -222,11 +269,15 @@ inline V exp_nonpositive(V x) {
   p = p * f + 0.5f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  typedef int32_t Int __attribute__((vector_size(sizeof(V))));
-  const Int exponent = __builtin_convertvector(k, Int);
-  const Int power = (exponent + 127) << 23;
+  typedef int32_t Int __attribute__((vector_size(ALP_VECTOR_BYTES)));
+  const Int power = (__builtin_convertvector(k, Int) + 127) << 23;
   const V result = p * (V)power;  // the bits, not the value
-  return x < far ? V{} : result;
+  return x < lowest ? V{} : result;
+}
+
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int k = 0; k < kWidth<double>; ++k) x[k] = __builtin_exp(x[k]);
+  return x;
 }
 
 }  // namespace
