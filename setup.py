@@ -75,7 +75,8 @@ library = Extension(
 )
 
 setup(
-    packages=["alpkd_fast", "alpkd_fast.backends"],
+    packages=["alpkd_fast", "alpkd_fast.backends", "alpkd_fast.cli", "alpkd_fast.hf", "alpkd_fast.kernels"],
+    package_dir={"alpkd_fast.kernels": "kernels"},
     package_data={"alpkd_fast": ["py.typed"]},
     ext_modules=[] if os.environ.get("ALPKD_FAST_CPU") == "0" else [library],
     cmdclass={"build_ext": BuildLibrary},

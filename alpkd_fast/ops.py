@@ -21,7 +21,7 @@ _SCHEMA = (
     " -> (Tensor loss, Tensor layer_losses, Tensor attention, Tensor entropy,"
     " Tensor grad_factor, Tensor d_scale, Tensor[] d_student, Tensor[] d_teacher)"
 )
-FUSED_BACKENDS = ("cpu",)
+FUSED_BACKENDS = ("cpu", "triton", "cuda")
 _LIBRARY = torch.library.Library("alpkd_fast", "DEF")
 for _name in FUSED_BACKENDS:
     _LIBRARY.define(f"alp_{_name}{_SCHEMA}")

@@ -1,0 +1,1 @@
+"""The command line: ``alpkd``, one module per command."""

@@ -1,0 +1,1 @@
+"""Distillation with Hugging Face transformers (extra ``[hf]``)."""

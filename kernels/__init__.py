@@ -1,0 +1,1 @@
+"""Triton kernels of alpkd_fast, installed as alpkd_fast.kernels."""
