@@ -7,10 +7,12 @@ installs as pure Python. ALPKD_FAST_CPU=1 demands the library, ALPKD_FAST_CPU=0 
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
@@ -26,7 +28,14 @@ INSTRUCTION_SET_FLAGS = {
 
 
 class BuildLibrary(build_ext):
-    """Compiles with LibTorch's headers; a failure is an error only where the library is demanded."""
+    """Compiles with LibTorch's headers; a failure is an error only where the library is demanded.
+
+    Objects stay in build/objects: an editable install, a wheel and a second build compile a file once.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = "build/objects"
 
     def build_extension(self, extension):
         try:
@@ -34,7 +43,9 @@ class BuildLibrary(build_ext):
 
             extension.include_dirs += include_paths()
             extension.library_dirs += library_paths()
-            extension.extra_objects = [self.compile_source(extension, source) for source in extension.sources]
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as jobs:
+                compiled = jobs.map(lambda source: self.compile_source(extension, source), extension.sources)
+                extension.extra_objects = list(compiled)
             extension.sources = []
             super().build_extension(extension)
         except Exception as error:
@@ -46,13 +57,15 @@ class BuildLibrary(build_ext):
     def compile_source(self, extension, source):
         on_x86 = platform.machine().lower() in ("x86_64", "amd64")
         flags = INSTRUCTION_SET_FLAGS.get(Path(source).name, []) if on_x86 else []
-        (built,) = self.compiler.compile(
+        (built,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        if not newer_group([source, "setup.py", *extension.depends], built):
+            return built
+        self.compiler.compile(
             [source],
             output_dir=self.build_temp,
             macros=extension.define_macros,
             include_dirs=extension.include_dirs,
             extra_postargs=[*extension.extra_compile_args, *flags],
-            depends=extension.depends,
         )
         return built
 
@@ -67,7 +80,14 @@ library = Extension(
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # LibTorch 2.10
     ],
     # -ffp-contract=fast: a * b + c is one fused multiply-add; never -ffast-math, NaN must come through.
-    extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g1", "-Wno-maybe-uninitialized"],
+    extra_compile_args=[
+        "-std=c++20",
+        "-O3",
+        "-ffp-contract=fast",
+        "-fvisibility=hidden",
+        "-g1",
+        "-Wno-maybe-uninitialized",
+    ],
     libraries=["torch_cpu"],
     language="c++",
     py_limited_api=True,
@@ -75,7 +95,7 @@ library = Extension(
 )
 
 setup(
-    packages=["alpkd_fast", "alpkd_fast.backends", "alpkd_fast.cli", "alpkd_fast.hf", "alpkd_fast.kernels"],
+    packages=[*find_packages(include=["alpkd_fast", "alpkd_fast.*"]), "alpkd_fast.kernels"],
     package_dir={"alpkd_fast.kernels": "kernels"},
     package_data={"alpkd_fast": ["py.typed"]},
     ext_modules=[] if os.environ.get("ALPKD_FAST_CPU") == "0" else [library],

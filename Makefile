@@ -1,0 +1,75 @@
+# Every target does its own set-up: a virtual environment, torch, the build, the dependencies.
+#
+#   TORCH    what pip installs as torch; any release >= 2.10, and any pip option, such as an index of CPU wheels:
+#            make test TORCH="torch --index-url URL". `make test TORCH= VENV_FLAGS=--system-site-packages` takes
+#            the torch that is installed already.
+#   VENV     where the environment goes.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+VENV_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint types bench mutants gpu-check package clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/distill_glue.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# Breaks the kernels on purpose, one fault at a time, and demands that the tests notice each.
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants.py $(ARGS)
+
+# Compiles every GPU kernel for the cards it may meet and checks what came out; needs no GPU.
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m alpkd_fast.kernels.check $(if $(ALL),--all) $(ARGS)
+
+# The source distribution, and a wheel made from it with the objects that are compiled already.
+package: $(VENV)/.dev
+	rm -rf dist build/sdist
+	$(BIN)/python -m build --no-isolation --sdist
+	mkdir -p build/sdist && tar -xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	mkdir -p build/sdist/build && cp -Rp build/objects build/sdist/build/
+	cd build/sdist && $(abspath $(BIN))/python -m build --no-isolation --wheel --outdir $(CURDIR)/dist
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info alpkd_fast/*.so
+
+# torch first: the build needs its headers, and pip must not pick another one for a build environment of its own.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),$(PIP) install $(TORCH))
+	$(PIP) install "setuptools>=77" numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	ALPKD_FAST_CPU=1 $(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+# alpkd-fast itself is there: pip adds what the extra names.
+$(VENV)/.examples: $(VENV)/.built
+	$(PIP) install "alpkd-fast[examples]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) install "alpkd-fast[dev]"
+	touch $@
