@@ -93,7 +93,7 @@ class ALPLoss(nn.Module):
     ) -> Tensor | ALPOutput:
         """Return what :func:`alp_loss` returns for these hidden states and the module's options."""
         options = self.options if normalizer is None else {**self.options, "normalizer": normalizer}
-        return alp_loss(
+        output: Tensor | ALPOutput = alp_loss(
             student_hidden_states,
             teacher_hidden_states,
             attention_mask,
@@ -101,6 +101,7 @@ class ALPLoss(nn.Module):
             proj_bias=self.proj_bias,
             **options,
         )
+        return output
 
     def extra_repr(self) -> str:
         parts = [f"{name}={value!r}" for name, value in self.options.items()]

@@ -7,6 +7,7 @@ hidden states, the loss and its gradients. The backward only scales those by the
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def _fake(
     student_grad: list[bool],
     teacher_grad: list[bool],
     scale_grad: bool,
-):
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     m, n = len(student), len(teacher)
     dtype = compute_dtype(student[0], teacher[0])
     rows = student[0].shape[:-1] if POOLINGS[pooling] == "token" else student[0].shape[:-2]
@@ -119,14 +120,19 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
         0.0 if normalizer is None or normalizer_tensor is not None else normalizer,
         problem.details,
     )
-    return _FusedLoss.apply(backend, m, options, scale_tensor, *problem.student, *problem.teacher)
+    parts: tuple[Tensor, Tensor, Tensor, Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        backend, m, options, scale_tensor, *problem.student, *problem.teacher
+    )
+    return parts
 
 
 class _FusedLoss(torch.autograd.Function):
     """Loss and gradients in the forward; the backward scales the gradients by the incoming one."""
 
     @staticmethod
-    def forward(ctx, backend, m, options, scale_tensor, *layers):
+    def forward(
+        ctx: Any, backend: str, m: int, options: tuple[Any, ...], scale_tensor: Tensor | None, *layers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_weights, pooling, map_counts, map_layers, *rest = options
         _, _, _, scale_grad, *wanted = ctx.needs_input_grad
         operator = getattr(torch.ops.alpkd_fast, f"alp_{backend}").default
@@ -136,12 +142,12 @@ class _FusedLoss(torch.autograd.Function):
         )  # fmt: skip
         ctx.mark_non_differentiable(layer_losses, attention, entropy)
         ctx.set_materialize_grads(False)
-        ctx.scale_dtype = scale_tensor.dtype if scale_grad else None
+        ctx.scale_dtype = None if scale_tensor is None else scale_tensor.dtype
         ctx.save_for_backward(grad_factor, d_scale, *d_student, *d_teacher)
         return loss, layer_losses, attention, entropy
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_factor, d_scale, *stored = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if grad_loss is None:
@@ -170,9 +176,10 @@ def _scaled(stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> lis
     return stored if value == 1.0 else [g.mul_(value) for g in stored]
 
 
-def _forbid_second_derivative(gradients: list[Tensor], d_scale: Tensor | None):
+def _forbid_second_derivative(gradients: list[Tensor], d_scale: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     anchor = torch.zeros((), requires_grad=True)
-    guarded = _NotTwiceDifferentiable.apply(anchor, *gradients, *(() if d_scale is None else (d_scale,)))
+    extra = [] if d_scale is None else [d_scale]
+    guarded = list(_NotTwiceDifferentiable.apply(anchor, *gradients, *extra))  # type: ignore[no-untyped-call]
     return (guarded, None) if d_scale is None else (guarded[:-1], guarded[-1])
 
 
@@ -180,11 +187,11 @@ class _NotTwiceDifferentiable(torch.autograd.Function):
     """Passes gradients on, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx, anchor, *gradients):
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(g.view_as(g) for g in gradients)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "alp_loss: the fused backends compute first derivatives only; to differentiate the gradient, call "
             'alp_loss(..., backend="reference")'

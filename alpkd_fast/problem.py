@@ -197,9 +197,7 @@ def _scale(scale: float | Tensor | None, student: Tensor) -> float | Tensor:
     try:
         value = float(scale)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"scale: got {scale!r}; pass a float >= 0, a 0-dim tensor, or None for 1/sqrt(D)"
-        ) from None
+        raise TypeError(f"scale: got {scale!r}; pass a float >= 0, a 0-dim tensor, or None for 1/sqrt(D)") from None
     if not 0.0 <= value < math.inf:
         raise ValueError(f"scale must be finite and >= 0, got {value}; None stands for 1/sqrt(D), 0 for the average")
     return value

@@ -55,7 +55,7 @@ def _one_projection_per_layer(
     problem: Problem, weight: Tensor, bias: Tensor | None, run: Callable[[Problem], LossParts]
 ) -> LossParts:
     m, n = len(problem.student), len(problem.teacher)
-    parts = []
+    parts: list[LossParts] = []
     for i in range(m):
         allowed = range(n) if problem.layer_map is None else problem.layer_map[i]
         single = replace(
@@ -71,9 +71,10 @@ def _one_projection_per_layer(
             full[..., list(allowed)] = attention
             attention = full
         parts.append((loss, layer_loss, attention, entropy))
-    loss, layer_losses, attention, entropy = zip(*parts, strict=True)
+    losses, layer_losses, attentions, entropies = zip(*parts, strict=True)
     share = 1.0 if problem.reduction == "sum" else 1.0 / m  # N counts all m student layers
-    return torch.stack(loss).sum() * share, torch.cat(layer_losses) * share, torch.cat(attention), torch.cat(entropy)
+    loss, layer_loss = torch.stack(losses).sum() * share, torch.cat(layer_losses) * share
+    return loss, layer_loss, torch.cat(attentions), torch.cat(entropies)
 
 
 def _check_projection(problem: Problem, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

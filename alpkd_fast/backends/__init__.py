@@ -6,26 +6,29 @@ import os
 import warnings
 from typing import Protocol
 
+from torch import Tensor
+
 from ..problem import Problem
 from . import cpu, reference
 
 
 class Backend(Protocol):
-    """What a backend module provides."""
+    """What a backend module provides (its functions have no self: a module stands in for the object)."""
 
     NAME: str
 
-    @staticmethod
-    def unavailable() -> str | None:
+    def unavailable(self) -> str | None:
         """Why the backend cannot run on this machine at all, with the remedy; None where it can."""
 
-    @staticmethod
-    def cannot_run(problem: Problem) -> str | None:
+    def cannot_run(self, problem: Problem) -> str | None:
         """Why the backend cannot run this problem, with the remedy; None where it can."""
+
+    def run(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return loss, layer_losses, attention and entropy of the problem."""
 
 
 # In the order in which "auto" tries them. A new backend is one module and one entry here.
-REGISTRY = {module.NAME: module for module in (cpu, reference)}
+REGISTRY: dict[str, Backend] = {cpu.NAME: cpu, reference.NAME: reference}
 
 
 def backends() -> dict[str, str | None]:
@@ -33,7 +36,7 @@ def backends() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in REGISTRY.items()}
 
 
-def choose(name: str, problem: Problem):
+def choose(name: str, problem: Problem) -> Backend:
     """Return the backend module for a call: the named one, or for "auto" the first that can run."""
     if name == "auto":
         name = os.environ.get("ALPKD_FAST_BACKEND", "auto")
@@ -50,8 +53,8 @@ def choose(name: str, problem: Problem):
 _warned: set[str] = set()
 
 
-def _first_usable(problem: Problem):
-    reasons = []
+def _first_usable(problem: Problem) -> Backend:
+    reasons: list[str] = []
     for name, backend in REGISTRY.items():
         reason = backend.unavailable() or backend.cannot_run(problem)
         if reason is None:
