@@ -22,9 +22,8 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n, D = len(student), len(teacher), student.shape[-1]
     total = weights.sum()
     safe_total = torch.where(total > 0, total, 1.0)
-    if problem.reduction == "sum":
-        N = torch.ones_like(total)
-    else:
+    N: Tensor | float = 1.0
+    if problem.reduction == "mean":
         N = m * D * (safe_total if problem.normalizer is None else problem.normalizer)
 
     attention = student.new_zeros(m, *weights.shape, n)
@@ -52,7 +51,9 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
+    """x / max(|x|, EPS); chosen before the root, whose second derivative at a row of zeros would be NaN."""
+    square = x.square().sum(-1, keepdim=True)
+    return x / torch.where(square > EPS**2, square, EPS**2).sqrt()
 
 
 def pool_layers(
