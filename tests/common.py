@@ -1,0 +1,190 @@
+"""What every test file shares: random problems, the float64 truth and the tolerance rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from alpkd_fast import ALPOutput
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPE_PAIRS = ("f64-f64", "f32-f32", "bf16-bf16", "f16-f16", "f32-bf16", "bf16-f32", "f16-f32", "bf16-f16", "f64-f32")
+
+
+def dtype_pair(name: str) -> tuple[torch.dtype, torch.dtype]:
+    student, teacher = name.split("-")
+    return DTYPES[student], DTYPES[teacher]
+
+
+def hidden_states(layers: int, lead, D: int, dtype=torch.float32, seed: int = 0, device="cpu") -> list[Tensor]:
+    """``layers`` random tensors (*lead, D) that require grad."""
+    generator = torch.Generator().manual_seed(1000 * seed + layers)
+    shape = (*lead, D)
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(layers)]
+    return [v.to(device, dtype).requires_grad_() for v in values]
+
+
+def both_sides(m: int, n: int, lead, D: int, dtypes: str = "f32-f32", seed: int = 0, device="cpu"):
+    student, teacher = dtype_pair(dtypes)
+    return (
+        hidden_states(m, lead, D, student, 2 * seed, device),
+        hidden_states(n, lead, D, teacher, 2 * seed + 1, device),
+    )
+
+
+# ---- The truth: the formulas of the paper, row by row and layer by layer ------------------------------
+
+
+def spec_loss(
+    student, teacher, mask=None, *, pooling="token", layer_map="all", scale=None, normalize=False,
+    detach_attention=False, layer_weights=None, proj_weight=None, proj_bias=None, reduction="mean", normalizer=None,
+) -> ALPOutput:  # fmt: skip
+    """The loss in the dtype of its inputs, written apart from the package; ``layer_map`` is "all" or a table."""
+    dtype = student[0].dtype
+    m, n, D = len(student), len(teacher), student[0].shape[-1]
+    mask = torch.ones(student[0].shape[:-1]) if mask is None else mask
+    weights = mask.to(student[0].device, dtype)
+    rows_s, mu = _pool(student, weights, pooling)
+    rows_t, _ = _pool(teacher, weights, pooling)
+    counted = mu > 0  # a row of weight 0 is not read
+    rows_s, rows_t, counted_mu = [s[counted] for s in rows_s], [t[counted] for t in rows_t], mu[counted]
+    tau = D**-0.5 if scale is None else scale
+    total = mu.sum()
+    N = 1.0 if reduction == "sum" else m * D * (total if normalizer is None else normalizer)
+    losses, entropies, attention = [], [], torch.zeros(m, len(mu), n, dtype=dtype, device=mu.device)
+    for i, s in enumerate(rows_s):
+        omega = 1.0 if layer_weights is None else float(layer_weights[i])
+        if omega == 0 or not counted.any():
+            losses.append(sum(s.sum() * 0 for s in rows_s) + sum(t.sum() * 0 for t in rows_t))
+            entropies.append(torch.zeros((), dtype=dtype, device=mu.device))
+            continue
+        allowed = list(range(n)) if isinstance(layer_map, str) else list(layer_map[i])
+        targets = [_project(rows_t[j], proj_weight, proj_bias, i) for j in allowed]
+        z = tau * torch.stack([(s * t).sum(-1) for t in targets], -1)
+        weight = torch.exp(z - z.detach().amax(-1, keepdim=True))
+        a = weight / weight.sum(-1, keepdim=True)
+        a = a.detach() if detach_attention else a
+        combined = sum(a[:, k, None] * t for k, t in enumerate(targets))
+        e = _unit(s) - _unit(combined) if normalize else s - combined
+        losses.append(omega * (counted_mu * (e * e).sum(-1)).sum() / N)
+        a = a.detach()
+        for k, j in enumerate(allowed):
+            attention[i, counted, j] = a[:, k]
+        entropies.append((counted_mu * -(a * a.clamp_min(1e-300 if dtype == torch.float64 else 1e-38).log()).sum(-1)
+                          ).sum() / total)  # fmt: skip
+    loss = sum(losses)
+    shape = student[0].shape[:-1] if pooling == "token" else student[0].shape[:-2]
+    return ALPOutput(loss, torch.stack(losses).detach(), attention.reshape(m, *shape, n), torch.stack(entropies))
+
+
+def _project(t, weight, bias, i):
+    if weight is None:
+        return t
+    per_layer = weight.dim() == 3
+    return linear(t, weight[i] if per_layer else weight, bias[i] if bias is not None and per_layer else bias)
+
+
+def _unit(x):
+    return x / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def _pool(layers, weights, pooling):
+    """Rows (R, D) of every layer, and their weights (R,); one sequence after the other."""
+    D = layers[0].shape[-1]
+    if pooling == "token":
+        return [h.reshape(-1, D) for h in layers], weights.reshape(-1)
+    S = weights.shape[-1]
+    sequences, weights = [h.reshape(-1, S, D) for h in layers], weights.reshape(-1, S)
+    if pooling == "cls":
+        return [h[:, 0] for h in sequences], weights[:, 0]
+    used = [[k for k in range(S) if weights[b, k] > 0] for b in range(len(weights))]
+    mu = torch.tensor([float(bool(u)) for u in used], dtype=weights.dtype, device=weights.device)
+    if pooling == "last":
+        last = [u[-1] if u else 0 for u in used]
+        return [torch.stack([h[b, k] for b, k in enumerate(last)]) for h in sequences], mu
+    pooled = []
+    for h in sequences:
+        rows = []
+        for b, u in enumerate(used):
+            share = weights[b] / weights[b].sum()
+            rows.append(sum((share[k] * h[b, k] for k in u), start=h.new_zeros(D)))
+        pooled.append(torch.stack(rows))
+    return pooled, mu
+
+
+# ---- Values and gradients of one call -----------------------------------------------------------------
+
+
+def evaluate(call, student, teacher, mask=None, *, grad: float = 1.0, **options) -> dict[str, Tensor]:
+    """Outputs and gradients of ``call`` for an incoming gradient ``grad``, by name; layers are stacked."""
+    student, teacher = [_leaf(s) for s in student], [_leaf(t) for t in teacher]
+    options = {k: _leaf(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+    output = call(student, teacher, mask, **options)
+    inputs = {"d_student": student, "d_teacher": teacher}
+    inputs |= {f"d_{k}": [v] for k, v in options.items() if isinstance(v, Tensor) and v.requires_grad}
+    wanted = [x for layers in inputs.values() for x in layers if x.requires_grad]
+    if wanted:
+        torch.autograd.backward(output.loss, torch.full_like(output.loss, grad), inputs=wanted)
+    values = output._asdict()
+    for name, layers in inputs.items():
+        if all(x.requires_grad for x in layers):
+            values[name] = torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in layers])
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def _cast(x, dtype):
+    floating = isinstance(x, Tensor) and x.is_floating_point()
+    return x.detach().to(dtype).requires_grad_(x.requires_grad) if floating else x
+
+
+def in_dtype(dtype, student, teacher, mask=None, **options) -> dict[str, Tensor]:
+    """The truth's formulas evaluated in another dtype."""
+    student, teacher = [_cast(s, dtype) for s in student], [_cast(t, dtype) for t in teacher]
+    return evaluate(spec_loss, student, teacher, mask, **{k: _cast(v, dtype) for k, v in options.items()})
+
+
+# ---- The tolerance rule -------------------------------------------------------------------------------
+
+
+def assert_as_exact(backend, student, teacher, mask=None, **options) -> dict[str, Tensor]:
+    """Assert that a backend's outputs and gradients are as exact as plain PyTorch in the compute dtype.
+
+    error <= 2 * error(plain PyTorch, in the compute dtype, on the same inputs)
+             + 16 roundings in the compute dtype, of the largest value (sums in another order); in float64, where
+               the truth is rounded too and plain PyTorch's error is not known, as many as a sum has terms
+             + one unit in the last place of the dtype that the value is stored in.
+    """
+    compute = torch.promote_types(torch.promote_types(student[0].dtype, teacher[0].dtype), torch.float32)
+    got = evaluate(backend.details, student, teacher, mask, **options)
+    want = in_dtype(torch.float64, student, teacher, mask, **options)
+    eager = in_dtype(compute, student, teacher, mask, **options)
+    roundings = 16 + (student[0].shape[-1] + student[0][..., 0].numel() if compute == torch.float64 else 0)
+    floor = roundings * backend.unit(student[0].dtype, teacher[0].dtype)
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        assert_within(name, got[name], exact, eager[name], floor)
+    return got
+
+
+def assert_within(name: str, got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> None:
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+    if got.numel() == 0:
+        return
+    assert bool(torch.isfinite(got).all()), f"{name}: {int((~torch.isfinite(got)).sum())} values are not finite"
+    stored = torch.finfo(got.dtype)
+    # fp16 gradients are stored without 1/N first: the smallest step counts in both stores.
+    step = 2 * stored.smallest_normal * stored.eps * (1 + exact.abs().max().item())
+    eager_error = (eager.double() - exact).abs().max().item()
+    error = (got.double() - exact).abs()
+    budget = 2 * eager_error + floor * exact.abs().max().item() + step + stored.eps * exact.abs()
+    excess = error - budget
+    worst = int(excess.argmax())
+    assert bool((excess <= 0).all()), (
+        f"{name}: error {error.flatten()[worst]:.3e} at {worst} of {got.numel()}, budget "
+        f"{budget.flatten()[worst]:.3e}, plain PyTorch's error {eager_error:.3e}, value {exact.flatten()[worst]:.3e}"
+    )

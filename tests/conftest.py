@@ -1,0 +1,114 @@
+"""The backend as a parameter, poisoned fresh memory, and a last line that says which backends ran."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import alpkd_fast
+
+# An unwritten output must not pass: fresh tensors hold NaN, fresh memory of the C library a huge number.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+M_PERTURB, FRESH_BYTE = -6, 0x7F
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(M_PERTURB, FRESH_BYTE ^ 0xFF)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend under test; called like alp_loss."""
+
+    name: str
+
+    @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter: on CPU tensors, and very slow."""
+        return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.name in ("triton", "cuda") and not self.interpreted else "cpu"
+
+    @property
+    def fused(self) -> bool:
+        return self.name != "reference"
+
+    def unit(self, *dtypes: torch.dtype) -> float:
+        """Unit roundoff of products and sums for inputs of these dtypes."""
+        if torch.float64 in dtypes:
+            return 2.0**-53
+        on_matrix_units = self.name in ("triton", "cuda") and any(d.itemsize == 2 for d in dtypes)
+        return 2.0**-17 if on_matrix_units else 2.0**-24  # operands split in two parts of 8 bits and a sign
+
+    def __call__(self, *args, **options):
+        try:
+            return alpkd_fast.alp_loss(*args, **options, backend=self.name)
+        except RuntimeError as error:
+            if self.name in ("triton", "cuda") and str(error).startswith(f"backend='{self.name}' cannot run"):
+                pytest.skip(str(error))
+            raise
+
+    def details(self, *args, **options) -> alpkd_fast.ALPOutput:
+        return self(*args, **options, return_details=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backends", help="comma-separated names; the tests of other backends are left out")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: too large for Triton's interpreter")
+
+
+def pytest_generate_tests(metafunc):
+    for fixture, names in (
+        ("backend", list(alpkd_fast.backends())),
+        ("fused", [name for name in alpkd_fast.backends() if name != "reference"]),
+    ):
+        if fixture in metafunc.fixturenames:
+            chosen = metafunc.config.getoption("--backends")
+            names = [name for name in names if chosen is None or name in chosen.split(",")]
+            metafunc.parametrize(fixture, names, indirect=True)
+
+
+_ran: dict[str, int] = {}
+_skipped: dict[str, str] = {}
+
+
+def _usable(request) -> Backend:
+    backend = Backend(request.param)
+    reason = alpkd_fast.backends()[backend.name]
+    if reason is not None:
+        _skipped[backend.name] = reason
+        pytest.skip(f"{backend.name}: {reason}")
+    if backend.interpreted and request.node.get_closest_marker("large"):
+        pytest.skip("triton: too large for the interpreter")
+    _ran[backend.name] = _ran.get(backend.name, 0) + 1
+    return backend
+
+
+@pytest.fixture
+def backend(request) -> Backend:
+    """Every backend of the registry."""
+    return _usable(request)
+
+
+@pytest.fixture
+def fused(request) -> Backend:
+    """Every backend but the reference."""
+    return _usable(request)
+
+
+def pytest_unconfigure(config):
+    """The last line of a run."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not (_ran or _skipped):
+        return
+    ran = ", ".join(f"{name} ({count} tests)" for name, count in _ran.items()) or "none"
+    skipped = "; ".join(f"{name}: {reason}" for name, reason in _skipped.items()) or "none"
+    reporter.write_line(f"backends that ran: {ran} | skipped: {skipped}")
