@@ -20,6 +20,7 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, weights = pool_layers(problem.student, problem.row_weights, problem.pooling, problem.compute_dtype)
     teacher, _ = pool_layers(problem.teacher, problem.row_weights, problem.pooling, problem.compute_dtype)
     m, n, D = len(student), len(teacher), student.shape[-1]
+    scale = problem.scale.to(student.dtype) if isinstance(problem.scale, Tensor) else problem.scale
     total = weights.sum()
     safe_total = torch.where(total > 0, total, 1.0)
     N: Tensor | float = 1.0
@@ -31,12 +32,13 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for i in range(m):
         omega = 1.0 if problem.layer_weights is None else problem.layer_weights[i]
         if omega == 0:  # a layer of weight 0 is not read
-            layer_losses.append(total.new_zeros(()))
+            # 0, and a gradient of 0 for everything that may require one
+            layer_losses.append(scale * (student[i, ..., :0].sum() + teacher[..., :0].sum()))
             entropy.append(total.new_zeros(()))
             continue
         allowed = list(range(n)) if problem.layer_map is None else list(problem.layer_map[i])
         s, t = student[i], teacher[allowed]  # (*rows, D), (n_i, *rows, D)
-        scores = problem.scale * torch.einsum("...d,j...d->...j", s, t)  # (*rows, n_i)
+        scores = scale * torch.einsum("...d,j...d->...j", s, t)  # (*rows, n_i)
         a = torch.softmax(scores, dim=-1)
         if problem.detach_attention:
             a = a.detach()
