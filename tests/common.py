@@ -39,8 +39,12 @@ def both_sides(m: int, n: int, lead, D: int, dtypes: str = "f32-f32", seed: int 
 def spec_loss(
     student, teacher, mask=None, *, pooling="token", layer_map="all", scale=None, normalize=False,
     detach_attention=False, layer_weights=None, proj_weight=None, proj_bias=None, reduction="mean", normalizer=None,
+    probe=None,
 ) -> ALPOutput:  # fmt: skip
-    """The loss in the dtype of its inputs, written apart from the package; ``layer_map`` is "all" or a table."""
+    """The loss in the dtype of its inputs, written apart from the package; ``layer_map`` is "all" or a table.
+
+    ``probe`` receives the largest score, and the scale with an element for each score.
+    """
     dtype = student[0].dtype
     m, n, D = len(student), len(teacher), student[0].shape[-1]
     mask = torch.ones(student[0].shape[:-1]) if mask is None else mask
@@ -49,7 +53,9 @@ def spec_loss(
     rows_t, _ = _pool(teacher, weights, pooling)
     counted = mu > 0  # a row of weight 0 is not read
     rows_s, rows_t, counted_mu = [s[counted] for s in rows_s], [t[counted] for t in rows_t], mu[counted]
-    tau = D**-0.5 if scale is None else scale
+    tau = torch.as_tensor(D**-0.5 if scale is None else scale, dtype=dtype, device=mu.device).expand(m, len(mu), n)
+    probe = {} if probe is None else probe
+    probe |= {"scores": 0.0, "tau": tau}
     total = mu.sum()
     N = 1.0 if reduction == "sum" else m * D * (total if normalizer is None else normalizer)
     losses, entropies, attention = [], [], torch.zeros(m, len(mu), n, dtype=dtype, device=mu.device)
@@ -61,7 +67,8 @@ def spec_loss(
             continue
         allowed = list(range(n)) if isinstance(layer_map, str) else list(layer_map[i])
         targets = [_project(rows_t[j], proj_weight, proj_bias, i) for j in allowed]
-        z = tau * torch.stack([(s * t).sum(-1) for t in targets], -1)
+        z = tau[i, counted][:, allowed] * torch.stack([(s * t).sum(-1) for t in targets], -1)
+        probe["scores"] = max(probe["scores"], z.abs().max().item())
         weight = torch.exp(z - z.detach().amax(-1, keepdim=True))
         a = weight / weight.sum(-1, keepdim=True)
         a = a.detach() if detach_attention else a
@@ -86,7 +93,7 @@ def _project(t, weight, bias, i):
 
 
 def _unit(x):
-    return x / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    return x / x.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def _pool(layers, weights, pooling):
@@ -143,9 +150,19 @@ def _cast(x, dtype):
 
 
 def in_dtype(dtype, student, teacher, mask=None, **options) -> dict[str, Tensor]:
-    """The truth's formulas evaluated in another dtype."""
+    """``spec_loss`` in a dtype, with the largest score and the sum of |d loss / d score * score| / scale."""
     student, teacher = [_cast(s, dtype) for s in student], [_cast(t, dtype) for t in teacher]
-    return evaluate(spec_loss, student, teacher, mask, **{k: _cast(v, dtype) for k, v in options.items()})
+    probe = {}
+
+    def probed(*args, **kwargs):
+        output = spec_loss(*args, **kwargs, probe=probe)
+        if probe["tau"].requires_grad:
+            probe["tau"].retain_grad()
+        return output
+
+    values = evaluate(probed, student, teacher, mask, **{k: _cast(v, dtype) for k, v in options.items()})
+    slopes = probe["tau"].grad if probe["tau"].requires_grad else None
+    return values | {"scores": probe["scores"], "slopes": 0.0 if slopes is None else slopes.abs().sum().item()}
 
 
 # ---- The tolerance rule -------------------------------------------------------------------------------
@@ -155,8 +172,9 @@ def assert_as_exact(backend, student, teacher, mask=None, **options) -> dict[str
     """Assert that a backend's outputs and gradients are as exact as plain PyTorch in the compute dtype.
 
     error <= 2 * error(plain PyTorch, in the compute dtype, on the same inputs)
-             + 16 roundings in the compute dtype, of the largest value (sums in another order); in float64, where
-               the truth is rounded too and plain PyTorch's error is not known, as many as a sum has terms
+             + 16 (1 + largest score) roundings in the compute dtype, of the largest value: sums in another order,
+               and a softmax passes on the absolute error of its scores; in float64, where the truth is rounded
+               too and plain PyTorch's error is not known, as many more as a sum has terms
              + one unit in the last place of the dtype that the value is stored in.
     """
     compute = torch.promote_types(torch.promote_types(student[0].dtype, teacher[0].dtype), torch.float32)
@@ -164,10 +182,12 @@ def assert_as_exact(backend, student, teacher, mask=None, **options) -> dict[str
     want = in_dtype(torch.float64, student, teacher, mask, **options)
     eager = in_dtype(compute, student, teacher, mask, **options)
     roundings = 16 + (student[0].shape[-1] + student[0][..., 0].numel() if compute == torch.float64 else 0)
-    floor = roundings * backend.unit(student[0].dtype, teacher[0].dtype)
+    scores, slopes = want.pop("scores"), want.pop("slopes")  # slopes: the terms of the scale's gradient
+    floor = roundings * (1 + scores) * backend.unit(student[0].dtype, teacher[0].dtype)
     assert got.keys() == want.keys()
     for name, exact in want.items():
-        assert_within(name, got[name], exact, eager[name], floor)
+        size = slopes if name == "d_scale" else exact.abs().max().item() if exact.numel() else 0.0
+        assert_within(name, got[name], exact, eager[name], floor * size)
     return got
 
 
@@ -181,7 +201,7 @@ def assert_within(name: str, got: Tensor, exact: Tensor, eager: Tensor, floor: f
     step = 2 * stored.smallest_normal * stored.eps * (1 + exact.abs().max().item())
     eager_error = (eager.double() - exact).abs().max().item()
     error = (got.double() - exact).abs()
-    budget = 2 * eager_error + floor * exact.abs().max().item() + step + stored.eps * exact.abs()
+    budget = 2 * eager_error + floor + step + stored.eps * exact.abs()
     excess = error - budget
     worst = int(excess.argmax())
     assert bool((excess <= 0).all()), (
