@@ -7,6 +7,7 @@ student layer may attend to every teacher layer (no table to check, store or han
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def _from_mask(layer_map: Tensor, m: int, n: int) -> LayerTable:
 
 def _from_indices(layer_map: Sequence[Sequence[int]], m: int, n: int) -> LayerTable:
     try:
-        rows = [[int(j) for j in layers] for layers in layer_map]
+        rows = [[index(j) for j in layers] for layers in layer_map]
     except TypeError:
         raise TypeError(
             f"layer_map: got {layer_map!r}; pass one of {', '.join(k for k in KINDS if k != 'random')}, a bool tensor "

@@ -6,6 +6,7 @@ hidden states, the loss and its gradients. The backward only scales those by the
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,16 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
         0.0 if normalizer is None or normalizer_tensor is not None else normalizer,
         problem.details,
     )
-    parts: tuple[Tensor, Tensor, Tensor, Tensor] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        backend, m, options, scale_tensor, *problem.student, *problem.teacher
-    )
+    inputs = (backend, m, options, scale_tensor, *problem.student, *problem.teacher)
+    parts: tuple[Tensor, Tensor, Tensor, Tensor]
+    try:
+        parts = _FusedLoss.apply(*inputs)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        # The operator checks values, and C++ can only raise RuntimeError: "function, file:line, message".
+        refused = re.search(r":\d+, ((?:attention_mask|scale|normalizer) .*)", str(error))
+        if refused is None:
+            raise
+        raise ValueError(refused[1]) from None
     return parts
 
 

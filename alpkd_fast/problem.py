@@ -210,7 +210,7 @@ def _layer_weights(layer_weights: Sequence[float] | Tensor, m: int) -> tuple[flo
         layer_weights = layer_weights.tolist()
     try:
         values = tuple(float(w) for w in layer_weights)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"layer_weights: got {layer_weights!r}; pass {m} floats >= 0, one per student layer") from None
     if len(values) != m:
         raise ValueError(f"layer_weights: got {len(values)} values for {m} student layers; pass one per layer")

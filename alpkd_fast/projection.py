@@ -80,6 +80,9 @@ def _one_projection_per_layer(
 def _check_projection(problem: Problem, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if weight is None:
         raise ValueError("proj_bias was given without proj_weight; pass both, or neither")
+    for name, tensor in (("proj_weight", weight), ("proj_bias", bias)):
+        if not isinstance(tensor, Tensor | None):
+            raise TypeError(f"{name}: got {type(tensor).__name__}; pass a floating-point tensor or None")
     m, wide, narrow = len(problem.student), problem.student[0].shape[-1], problem.teacher[0].shape[-1]
     if tuple(weight.shape) not in ((wide, narrow), (m, wide, narrow)):
         raise ValueError(
