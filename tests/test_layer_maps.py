@@ -85,7 +85,7 @@ def test_name_bool_table_and_indices_mean_the_same(backend, kind, m, n):
     for i, layers in enumerate(table):
         allowed[i, list(layers)] = True
     want = assert_as_exact(backend, student, teacher, layer_map=table)
-    for layer_map in (kind, allowed, [list(reversed(layers)) + [layers[0]] for layers in table]):
+    for layer_map in (kind, allowed, [[*reversed(layers), layers[0]] for layers in table]):
         output = backend.details(student, teacher, layer_map=layer_map)
         assert torch.equal(output.loss, want["loss"])
         assert torch.equal(output.attention, want["attention"])
