@@ -234,8 +234,7 @@ const Kernels& choose_kernels() {
   STD_TORCH_CHECK(isa.empty() || isa == "avx512" || isa == "avx2" || isa == "plain", "ALPKD_FAST_CPU_ISA=", isa,
                   " is not known; set avx512, avx2 or plain, or unset it");
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
@@ -352,8 +351,8 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
 
   // fp16 cannot hold 1/N: its gradients are stored for weights scaled to at most 1, and the factor
   // that is left out is handed to the backward.
-  const bool in_fp16 = (students.wanted && student_dtype == Dtype::f16) ||
-                       (teachers.wanted && teacher_dtype == Dtype::f16);
+  const bool in_fp16 =
+      (students.wanted && student_dtype == Dtype::f16) || (teachers.wanted && teacher_dtype == Dtype::f16);
   const double share = mu.total > 0 && N > 0 ? 2 / N : 0;
   const double factor = in_fp16 ? share * largest_omega * mu.largest : 1;
   std::vector<double> gradient_coef(m);
@@ -413,8 +412,7 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
   fill(entropy, f64, sums.entropy.data(), details ? m : 0);
   fill(factor_out, f64, &factor, 1);
   fill(d_scale_out, f64, &d_scale, 1);
-  return {loss_out,    layer_losses, attention, entropy, factor_out, d_scale_out, students.gradients,
-          teachers.gradients};
+  return {loss_out, layer_losses, attention, entropy, factor_out, d_scale_out, students.gradients, teachers.gradients};
 }
 
 }  // namespace alp

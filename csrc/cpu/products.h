@@ -97,8 +97,8 @@ struct Combination {
   const T* const* x;     // [n]
   const A* coef;
   int64_t ld;
-  char* const* out;      // [m]
-  double* squares;       // [m] receives ||out_i||^2 of a residual
+  char* const* out;                        // [m]
+  double* squares;                         // [m] receives ||out_i||^2 of a residual
   const char* const* next_base = nullptr;  // [m] the rows to prefetch, of T, or null
   const char* const* next_x = nullptr;     // [n]
   int half = 0;                            // which half of them
@@ -133,9 +133,10 @@ inline void combine_tile(const Combination<A, B, T>& c, int i0, int64_t d, V* sq
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) b_x[v] = load_as<V>(c.x[k] + d + v * W);
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i)
+    for (int i = 0; i < kI; ++i) {
       ALP_UNROLL
       for (int v = 0; v < kD; ++v) acc[i][v] += b_x[v] * coef[i];
+    }
   }
   if constexpr (kResidual) {
     // Before the stores, which may alias the sums as far as the compiler knows.

@@ -50,13 +50,21 @@ class Arena {
 template <class T>
 bool stored_as(Dtype type);
 template <>
-bool stored_as<float>(Dtype type) { return type == Dtype::f32; }
+bool stored_as<float>(Dtype type) {
+  return type == Dtype::f32;
+}
 template <>
-bool stored_as<double>(Dtype type) { return type == Dtype::f64; }
+bool stored_as<double>(Dtype type) {
+  return type == Dtype::f64;
+}
 template <>
-bool stored_as<Bf16>(Dtype type) { return type == Dtype::bf16; }
+bool stored_as<Bf16>(Dtype type) {
+  return type == Dtype::bf16;
+}
 template <>
-bool stored_as<Fp16>(Dtype type) { return type == Dtype::f16; }
+bool stored_as<Fp16>(Dtype type) {
+  return type == Dtype::f16;
+}
 
 // A is the compute dtype. T is the dtype of the rows that the products read: the hidden states' own where
 // both sides share it, else A, and the rows are widened into scratch first.
@@ -130,19 +138,19 @@ class RowKernel {
  private:
   const Problem& p;
   Partial partial;
-  const T **s, **t;              // [m], [n] this row of each layer
-  const A** h;                   // [m] what stands for e_i in p_ij and dt_j
-  const T **group_s, **group_t;  // those of a group
-  const A **bases, **rows;       // rows of a product
+  const T **s, **t;                                               // [m], [n] this row of each layer
+  const A** h;                                                    // [m] what stands for e_i in p_ij and dt_j
+  const T **group_s, **group_t;                                   // those of a group
+  const A **bases, **rows;                                        // rows of a product
   const char **next_s, **next_t, **group_next_s, **group_next_t;  // where the next rows start
   bool ahead = false;                                             // whether they are known
   char** out;
   double* squares;
-  A *weight, *base_scale;          // [m] 2w, and the factors of a combination's bases
-  A *z, *a, *products, *coef;      // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
-  A* group_weight;                 // [ld] 2w of a group's student layers
-  A *all_a, *all_c;  // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
-  int64_t pitch;     // from one scratch row to the next
+  A *weight, *base_scale;      // [m] 2w, and the factors of a combination's bases
+  A *z, *a, *products, *coef;  // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
+  A* group_weight;             // [ld] 2w of a group's student layers
+  A *all_a, *all_c;            // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
+  int64_t pitch;               // from one scratch row to the next
   A *residual, *spare, *own_s, *own_t, *wide_s, *combined, *student_side, *pooled_student_grad, *pooled_teacher_grad;
   double mean_total = 0;  // sum of the weights of a "mean" row
 
