@@ -190,60 +190,44 @@ inline void put(char* row, int64_t d, A x) {
     reinterpret_cast<A*>(row)[d] = x;
 }
 
-#if defined(__AVX512F__)
+// The bits of kWidth<float> numbers in bf16, rounded to nearest even; NaN stays NaN.
+inline auto to_bf16(Vec<float> x) {
+  typedef uint32_t Wide __attribute__((vector_size(ALP_VECTOR_BYTES)));
+  typedef uint16_t Bits __attribute__((vector_size(ALP_VECTOR_BYTES / 2)));
+  const Wide bits = (Wide)x;
+  const Wide rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+  return __builtin_convertvector(rounded >> 16, Bits);
+}
+
 template <Out kOut>
 inline void put(char* row, int64_t d, Vec<float> x) {
   if constexpr (kOut == Out::bf16) {
-    const __m512i bits = _mm512_castps_si512(__m512(x));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(__m512(x), __m512(x), _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * d), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    const auto bits = to_bf16(x);
+    __builtin_memcpy(row + 2 * d, &bits, sizeof bits);
+#if defined(__AVX512F__)
   } else if constexpr (kOut == Out::f16) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * d), _mm512_cvtps_ph(__m512(x), 0));
   } else if constexpr (kOut == Out::stream) {
     _mm512_stream_ps(reinterpret_cast<float*>(row) + d, __m512(x));
+#elif defined(__AVX2__)
+  } else if constexpr (kOut == Out::f16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 2 * d), _mm256_cvtps_ph(__m256(x), 0));
+  } else if constexpr (kOut == Out::stream) {
+    _mm256_stream_ps(reinterpret_cast<float*>(row) + d, __m256(x));
+#endif
+  } else if constexpr (kOut == Out::f16) {
+    for (int k = 0; k < kWidth<float>; ++k) put<kOut>(row, d + k, x[k]);
   } else {
     store(reinterpret_cast<float*>(row) + d, x);
   }
 }
 template <Out kOut>
 inline void put(char* row, int64_t d, Vec<double> x) {
-  if constexpr (kOut == Out::stream)
-    _mm512_stream_pd(reinterpret_cast<double*>(row) + d, __m512d(x));
-  else if constexpr (kOut == Out::plain)
+  if constexpr (kOut == Out::plain || kOut == Out::stream)
     store(reinterpret_cast<double*>(row) + d, x);
   else
     for (int k = 0; k < kWidth<double>; ++k) put<kOut>(row, d + k, x[k]);
 }
-#else
-template <Out kOut, class A>
-inline void put_vector(char* row, int64_t d, Vec<A> x) {
-  if constexpr (kOut == Out::plain || kOut == Out::stream)
-    store(reinterpret_cast<A*>(row) + d, x);
-  else
-    for (int k = 0; k < kWidth<A>; ++k) put<kOut>(row, d + k, x[k]);
-}
-template <Out kOut>
-inline void put(char* row, int64_t d, Vec<float> x) {
-#if defined(__AVX2__)
-  if constexpr (kOut == Out::f16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 2 * d), _mm256_cvtps_ph(__m256(x), 0));
-    return;
-  }
-  if constexpr (kOut == Out::stream) {
-    _mm256_stream_ps(reinterpret_cast<float*>(row) + d, __m256(x));
-    return;
-  }
-#endif
-  put_vector<kOut, float>(row, d, x);
-}
-template <Out kOut>
-inline void put(char* row, int64_t d, Vec<double> x) {
-  put_vector<kOut, double>(row, d, x);
-}
-#endif
 
 inline void fence() {
 #if defined(__x86_64__)
