@@ -257,17 +257,9 @@ struct Sums {
   double d_scale = 0;
 };
 
-const Kernel& choose_kernel(const Problem& problem, bool f64) {
-  static const Kernels& kernels = choose_kernels();
-  if (f64) return kernels.f64;
-  const bool as_stored = problem.student_dtype == problem.teacher_dtype && problem.pooling != Pooling::mean;
-  if (as_stored && problem.student_dtype == Dtype::bf16) return kernels.bf16;
-  if (as_stored && problem.student_dtype == Dtype::f16) return kernels.f16;
-  return kernels.f32;
-}
-
 Sums run_rows(const Problem& problem, bool f64) {
-  const Kernel& kernel = choose_kernel(problem, f64);
+  static const Kernels& kernels = choose_kernels();
+  const Kernel& kernel = f64 ? kernels.f64 : kernels.f32;
   const int64_t rows = problem.rows, step = rows_per_chunk(rows), chunks = (rows + step - 1) / step;
   const int64_t pitch = 2 * int64_t(problem.m) + 1;
   std::vector<double> partials(chunks * pitch);

@@ -65,9 +65,9 @@ struct Kernel {
   int64_t (*scratch_bytes)(const Problem&);  // what one thread needs
   void (*run)(const Problem&, int64_t begin, int64_t end, char* scratch, Partial);
 };
-// By what its products read: rows widened to (or lying in) fp32 or fp64, or rows in bf16 or fp16.
+// By the dtype it computes in.
 struct Kernels {
-  Kernel f32, f64, bf16, f16;
+  Kernel f32, f64;
 };
 extern const Kernels kernels_plain;
 #if defined(__x86_64__)

@@ -47,70 +47,55 @@ class Arena {
   char* base;
 };
 
-template <class T>
-bool stored_as(Dtype type);
-template <>
-bool stored_as<float>(Dtype type) {
-  return type == Dtype::f32;
-}
-template <>
-bool stored_as<double>(Dtype type) {
-  return type == Dtype::f64;
-}
-template <>
-bool stored_as<Bf16>(Dtype type) {
-  return type == Dtype::bf16;
-}
-template <>
-bool stored_as<Fp16>(Dtype type) {
-  return type == Dtype::f16;
-}
-
-// A is the compute dtype. T is the dtype of the rows that the products read: the hidden states' own where
-// both sides share it, else A, and the rows are widened into scratch first.
-template <class A, class T>
+// Scratch of one thread: (n + 2m + 1) rows of A, m more with teacher gradients, 2m more with normalize, each D
+// padded to at most 1023 bytes more; and n * lanes(m) * (one vector + 4 A) of coefficients. With m 6, n 12, D 768
+// in fp32 that is 96 KB.
+//
+// A is the compute dtype. A row's hidden states are widened, in their first product, into scratch rows of A
+// that are padded with zeros to whole vectors: rows of the hidden states themselves lie a multiple of
+// 4 KiB apart and would all fall into the same few sets of the L1 cache.
+template <class A>
 class RowKernel {
  public:
   RowKernel(const Problem& p, Arena& arena, Partial partial) : p(p), partial(partial) {
-    const int64_t m = p.m, n = p.n, mn = m * n;
-    const bool mean = p.pooling == Pooling::mean;
-    s = arena.take<const T*>(m);
-    t = arena.take<const T*>(n);
+    const int64_t m = p.m, n = p.n;
     h = arena.take<const A*>(m);
-    group_s = arena.take<const T*>(m);
-    group_t = arena.take<const T*>(n);
+    group_s = arena.take<const A*>(m);
+    group_t = arena.take<const A*>(n);
     bases = arena.take<const A*>(m > n ? m : n);
     rows = arena.take<const A*>(2 * m);
-    next_s = arena.take<const char*>(m);
-    next_t = arena.take<const char*>(n);
-    group_next_s = arena.take<const char*>(m);
-    group_next_t = arena.take<const char*>(n);
-    out = arena.take<char*>(m > n ? m : n);
-    squares = arena.take<double>(m);
+    out = arena.take<A*>(m > n ? m : n);
+    next = arena.take<const char*>(m + n);
+    next_bytes = arena.take<int64_t>(m + n);
     // Student layers lie side by side, in full vectors: (n, ld) and (ld) arrays. The lanes behind the last
     // student layer are computed like the others and never read.
     const int64_t ld = lanes(p.m), lanes_n = n * ld;
     weight = arena.take<A>(m);
     base_scale = arena.take<A>(m > n ? m : n);
+    sums = arena.zeros<Vec<A>>(lanes_n);
+    squares = arena.take<Vec<A>>(m);
     z = arena.zeros<A>(lanes_n);
     a = arena.zeros<A>(lanes_n);
     products = arena.zeros<A>(lanes_n);
     coef = arena.zeros<A>(p.teacher_grad && 2 * m * n > lanes_n ? 2 * m * n : lanes_n);
     group_weight = arena.zeros<A>(ld);
-    all_a = arena.take<A>(p.teacher_grad ? mn : 0);
-    all_c = arena.take<A>(p.teacher_grad ? mn : 0);
+    all_a = arena.take<A>(p.teacher_grad ? m * n : 0);
+    all_c = arena.take<A>(p.teacher_grad ? m * n : 0);
 
-    // One line more than D: rows at a multiple of 4 KiB would share one cache set.
-    pitch = (p.D + 15) / 16 * 16 + 16;
-    residual = arena.take<A>(m * pitch);
+    width = (p.D + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
+    constexpr int64_t kStep = 512 / sizeof(A);
+    pitch = ((width + kStep - 1) / kStep | 1) * kStep;  // an odd multiple of 512 bytes spreads the rows over the sets
+    constexpr int64_t kTile = ALP_TILE_D * kWidth<A>;
+    block = kL1Bytes / (int64_t(sizeof(A)) * (n + 2 * m)) / kTile * kTile;
+    block = block < kTile ? kTile : block;
+    own_s = arena.take<A>(m * pitch);
+    own_t = arena.take<A>(n * pitch);
+    residual_rows = arena.take<A>(m * pitch);
     spare = arena.take<A>(pitch);
-    own_s = arena.take<A>(direct() ? 0 : m * pitch);
-    own_t = arena.take<A>(direct() ? 0 : n * pitch);
-    wide_s = arena.take<A>(p.teacher_grad && direct() && sizeof(T) != sizeof(A) ? m * pitch : 0);
     combined = arena.take<A>(p.normalize ? m * pitch : 0);
     student_side = arena.take<A>(p.normalize ? m * pitch : 0);
-    pooled_student_grad = arena.take<A>(mean && p.student_grad ? m * pitch : 0);
-    pooled_teacher_grad = arena.take<A>(mean && p.teacher_grad ? n * pitch : 0);
+    // A student's gradient row takes the place of its hidden state, where the teacher's gradient needs that no more.
+    student_out = p.teacher_grad ? arena.take<A>(m * pitch) : own_s;
   }
 
   void run(int64_t begin, int64_t end) {
@@ -121,12 +106,9 @@ class RowKernel {
         skip(r);
         continue;
       }
-      for (int i = 0; i < p.m; ++i) {
-        if (p.student_active[i]) s[i] = fetch(p.student[i], p.student_dtype, own_s + i * pitch, position);
-        weight[i] = A(p.gradient_coef[i] * mu);
-      }
-      for (int j = 0; j < p.n; ++j)
-        if (p.teacher_active[j]) t[j] = fetch(p.teacher[j], p.teacher_dtype, own_t + j * pitch, position);
+      for (int i = 0; i < p.m; ++i) weight[i] = A(p.gradient_coef[i] * mu);
+      gathered = p.pooling == Pooling::mean;
+      if (gathered) gather_mean(position);
       look_ahead(r + 1, end);
       for (int g = 0; g < p.group_count; ++g) group(p.groups[g], r, position, mu);
       if (p.teacher_grad) teacher_gradients(position);
@@ -136,31 +118,37 @@ class RowKernel {
   }
 
  private:
+  static constexpr int64_t kL1Bytes = ALP_BLOCK_BYTES;
+
   const Problem& p;
   Partial partial;
-  const T **s, **t;                                               // [m], [n] this row of each layer
-  const A** h;                                                    // [m] what stands for e_i in p_ij and dt_j
-  const T **group_s, **group_t;                                   // those of a group
-  const A **bases, **rows;                                        // rows of a product
-  const char **next_s, **next_t, **group_next_s, **group_next_t;  // where the next rows start
-  bool ahead = false;                                             // whether they are known
-  char** out;
-  double* squares;
-  A *weight, *base_scale;      // [m] 2w, and the factors of a combination's bases
-  A *z, *a, *products, *coef;  // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
-  A* group_weight;             // [ld] 2w of a group's student layers
-  A *all_a, *all_c;            // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
-  int64_t pitch;               // from one scratch row to the next
-  A *residual, *spare, *own_s, *own_t, *wide_s, *combined, *student_side, *pooled_student_grad, *pooled_teacher_grad;
+  const A** h;                   // [m] what stands for e_i in p_ij and dt_j
+  const A **group_s, **group_t;  // the rows of a group
+  const A **bases, **rows;       // rows of a product
+  A** out;
+  const char** next;  // [m + n] where the next rows start
+  int64_t* next_bytes;
+  Ahead ahead{};
+  A *weight, *base_scale;       // [m] 2w, and the factors of a combination's bases
+  Vec<A>*sums, *squares;        // (n, ld) and [m] vectors whose lanes add up to a product and to ||e_i||^2
+  A *z, *a, *products, *coef;   // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
+  A* group_weight;              // [ld] 2w of a group's student layers
+  A *all_a, *all_c;             // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
+  int64_t width, pitch, block;  // D in whole vectors, from one scratch row to the next, columns of a block
+  A *own_s, *own_t, *residual_rows, *spare, *combined, *student_side, *student_out;  // scratch rows
+  bool gathered = false;  // whether own_s and own_t hold this row
   double mean_total = 0;  // sum of the weights of a "mean" row
 
-  static constexpr Dtype kCompute = sizeof(A) == 4 ? Dtype::f32 : Dtype::f64;
-  static int64_t lanes(int m) { return (m + 15) / 16 * 16; }
-  bool direct() const {
-    return stored_as<T>(p.student_dtype) && stored_as<T>(p.teacher_dtype) && p.pooling != Pooling::mean;
-  }
+  static constexpr int kLanes = kWidth<A> < 4 ? 4 : kWidth<A>;
+  static int64_t lanes(int m) { return (m + kLanes - 1) / kLanes * kLanes; }
   bool with_gradient() const { return p.student_grad || p.teacher_grad || p.scale_grad; }
   bool through_attention() const { return with_gradient() && !p.detach && (p.scale != 0 || p.scale_grad); }
+
+  template <class F>
+  void each_block(F f) const {
+    for (int64_t begin = 0; begin < width; begin += block)
+      f(Columns{begin, begin + block < width ? begin + block : width});
+  }
 
   // The row's weight, and its position among the (*lead) rows (of its first for "mean").
   int64_t locate(int64_t r, double* mu) {
@@ -181,66 +169,77 @@ class RowKernel {
     return first;
   }
 
-  const T* fetch(const Layer& layer, Dtype type, A* own, int64_t position) {
-    if (direct()) return reinterpret_cast<const T*>(row_of(layer, position));
-    if (p.pooling != Pooling::mean) {
-      unpack<A>(row_of(layer, position), type, own, p.D);
-      return reinterpret_cast<const T*>(own);  // T is A here
-    }
-    for (int64_t d = 0; d < p.D; ++d) own[d] = 0;
+  // Widens columns of every layer's row.
+  void gather(int64_t position, Columns c) {
+    for (int i = 0; i < p.m; ++i)
+      if (p.student_active[i]) unpack(row_of(p.student[i], position), p.student_dtype, own_s + i * pitch, c, p.D);
+    for (int j = 0; j < p.n; ++j)
+      if (p.teacher_active[j]) unpack(row_of(p.teacher[j], position), p.teacher_dtype, own_t + j * pitch, c, p.D);
+  }
+
+  void gather_mean(int64_t position) {
+    for (int i = 0; i < p.m; ++i)
+      if (p.student_active[i]) average(p.student[i], p.student_dtype, own_s + i * pitch, position);
+    for (int j = 0; j < p.n; ++j)
+      if (p.teacher_active[j]) average(p.teacher[j], p.teacher_dtype, own_t + j * pitch, position);
+  }
+  void average(const Layer& layer, Dtype type, A* own, int64_t position) {
+    for (int64_t d = 0; d < width; ++d) own[d] = 0;
     for (int64_t k = 0; k < p.seq; ++k) {
       const double weight_k = row_weight(p, position + k);
       if (weight_k == 0) continue;
       const A share = A(weight_k / mean_total);
-      unpack<A>(row_of(layer, position + k), type, spare, p.D);
-      for (int64_t d = 0; d < p.D; ++d) own[d] += share * spare[d];
+      unpack(row_of(layer, position + k), type, spare, {0, width}, p.D);
+      for (int64_t d = 0; d < width; ++d) own[d] += share * spare[d];
     }
-    return reinterpret_cast<const T*>(own);
   }
 
-  // Where the next row lies, for the products to prefetch.
+  // The next row's place, and how many of its lines to prefetch with every tile of this row's products.
   void look_ahead(int64_t r, int64_t end) {
     const int64_t position = r * p.seq;
     const bool known = p.pooling == Pooling::token || p.pooling == Pooling::cls;
-    ahead = direct() && known && r < end && row_weight(p, position) != 0;
-    if (!ahead) return;
-    for (int i = 0; i < p.m; ++i) next_s[i] = row_of(p.student[i], position);
-    for (int j = 0; j < p.n; ++j) next_t[j] = row_of(p.teacher[j], position);
+    ahead.count = 0;
+    if (!known || r == end || row_weight(p, position) == 0) return;
+    int64_t lines = 0, tiles = 1;
+    const auto add = [&](const Layer& layer, Dtype type) {
+      next[ahead.count] = row_of(layer, position);
+      next_bytes[ahead.count] = p.D * dtype_size(type);
+      lines += next_bytes[ahead.count++] / 64 + 1;
+    };
+    for (int i = 0; i < p.m; ++i)
+      if (p.student_active[i]) add(p.student[i], p.student_dtype);
+    for (int j = 0; j < p.n; ++j)
+      if (p.teacher_active[j]) add(p.teacher[j], p.teacher_dtype);
+    for (int g = 0; g < p.group_count; ++g)
+      tiles += 2 * tile_count(p.groups[g].m) *
+               (width / (ALP_TILE_D * kWidth<A>)+p.groups[g].n / ALP_TILE_J * ((width + block - 1) / block));
+    ahead = {next, next_bytes, ahead.count, int((lines + tiles - 1) / tiles)};
   }
 
-  // Where a layer's gradient row goes: to memory, to scratch until it is spread, or to nowhere.
-  char* gradient_row(const Layer& layer, Dtype type, A* pooled, int64_t position) {
-    if (layer.grad == nullptr) return reinterpret_cast<char*>(spare);
-    if (p.pooling == Pooling::mean) return reinterpret_cast<char*>(pooled);
-    return layer.grad + position * p.D * dtype_size(type);
+  // Columns of a layer's gradient row, from scratch to memory; a "mean" row is spread once it is whole.
+  void write(const Layer& layer, Dtype type, const A* row, int64_t position, Columns c) {
+    if (layer.grad == nullptr || p.pooling == Pooling::mean) return;
+    pack(row, type, layer.grad + position * p.D * dtype_size(type), c, p.D, p.stream);
   }
-  Dtype gradient_dtype(Dtype type) const { return p.pooling == Pooling::mean ? kCompute : type; }
 
   // One dense block of the attention: students that attend to the same teachers.
   void group(const Group& g, int64_t r, int64_t position, double mu) {
     const int m = g.m, n = g.n;
     for (int i = 0; i < m; ++i) {
-      group_s[i] = s[g.student[i]];
-      group_next_s[i] = next_s[g.student[i]];
+      group_s[i] = own_s + g.student[i] * pitch;
+      group_weight[i] = weight[g.student[i]];
     }
-    for (int j = 0; j < n; ++j) {
-      group_t[j] = t[g.teacher[j]];
-      group_next_t[j] = next_t[g.teacher[j]];
-    }
-    attend(g, r, mu);
-    if (p.normalize)
-      compare_normalised(g, mu);
-    else
-      compare(g, mu);
-    if (!with_gradient()) return;
+    for (int j = 0; j < n; ++j) group_t[j] = own_t + g.teacher[j] * pitch;
     const int64_t ld = lanes(m);
     const bool varies = n > 1 && through_attention();
+    attend(g, r, position, mu);
+    if (p.normalize)
+      compare_normalised(g, position, mu);
+    else
+      compare(g, position, mu, varies);
+    if (!with_gradient()) return;
     if (varies) {
-      for (int i = 0; i < m; ++i) {
-        rows[i] = h[g.student[i]];
-        group_weight[i] = weight[g.student[i]];
-      }
-      dots<A>(m, rows, n, group_t, p.D, products, ld);  // p_ij = <e_i, t_j>
+      add_lanes(m, n, sums, products, ld);  // p_ij = <e_i, t_j>
       differentiate_softmax(m, n);
     }
     if (p.teacher_grad)
@@ -253,14 +252,18 @@ class RowKernel {
     if (!p.student_grad) return;
     // ds_i = 2w (h_i - tau sum_j c_ij t_j)
     for (int i = 0; i < m; ++i) {
-      const int student = g.student[i];
-      bases[i] = p.normalize ? student_side + student * pitch : h[student];
-      base_scale[i] = weight[student];
-      out[i] = gradient_row(p.student[student], p.student_dtype, pooled_student_grad + student * pitch, position);
+      bases[i] = p.normalize ? student_side + g.student[i] * pitch : h[g.student[i]];
+      out[i] = student_out + g.student[i] * pitch;
     }
-    Combination<A, A, T> gradient{m, varies ? n : 0, bases, base_scale, group_t, coef, ld, out, nullptr};
-    prefetch_half_of_next_row(gradient, 1);
-    combine_into(gradient_dtype(p.student_dtype), p.stream, gradient, p.D);
+    const Combination<A> gradient{m, varies ? n : 0, bases, group_weight, group_t, coef, ld, out};
+    each_block([&](Columns c) {
+      combine(gradient, c, ahead);
+      for (int i = 0; i < m; ++i) write(p.student[g.student[i]], p.student_dtype, out[i], position, c);
+    });
+  }
+
+  void clear_sums(int m, int n) {
+    for (int64_t k = 0; k < n * lanes(m); ++k) sums[k] = Vec<A>{};
   }
 
   // products: p_ij becomes c_ij = a_ij (p_ij - sum_j a_ij p_ij), coef = -2 w tau c_ij; the scale's gradient
@@ -287,13 +290,19 @@ class RowKernel {
   }
 
   // a_ij, and what return_details shows of it
-  void attend(const Group& g, int64_t r, double mu) {
+  void attend(const Group& g, int64_t r, int64_t position, double mu) {
     const int m = g.m, n = g.n;
     const int64_t ld = lanes(m);
     if (n == 1 || (p.scale == 0 && !p.scale_grad)) {  // constant, whatever the scores
       for (int64_t k = 0; k < n * ld; ++k) a[k] = A(1) / A(n);
     } else {
-      dots<A>(m, group_s, n, group_t, p.D, z, ld);
+      clear_sums(m, n);
+      each_block([&](Columns c) {
+        if (!gathered) gather(position, c);
+        dots(m, group_s, n, group_t, c, sums, ld, ahead);
+      });
+      gathered = true;
+      add_lanes(m, n, sums, z, ld);
       softmax(m, n);
     }
     if (p.attention == nullptr) return;
@@ -332,73 +341,64 @@ class RowKernel {
     }
   }
 
-  // e_i = s_i - sum_j a_ij t_j, its square into the loss
-  void compare(const Group& g, double mu) {
+  // e_i = s_i - sum_j a_ij t_j, its square into the loss; where the attention varies also sums of <e_i, t_j>
+  void compare(const Group& g, int64_t position, double mu, bool varies) {
     const int m = g.m, n = g.n;
     const int64_t ld = lanes(m);
-    for (int64_t k = 0; k < n * ld; ++k) coef[k] = -a[k];
     for (int i = 0; i < m; ++i) {
-      A* e = residual + g.student[i] * pitch;
-      h[g.student[i]] = e;
-      out[i] = reinterpret_cast<char*>(e);
+      h[g.student[i]] = rows[i] = out[i] = residual_rows + g.student[i] * pitch;
+      squares[i] = Vec<A>{};
     }
-    Combination<A, T, T> difference{m, n, group_s, nullptr, group_t, coef, ld, out, squares};
-    prefetch_half_of_next_row(difference, 0);
-    combine<Out::plain, true>(difference, p.D);
-    for (int i = 0; i < m; ++i) partial.loss[g.student[i]] += mu * squares[i];
+    if (varies) clear_sums(m, n);
+    const Combination<A> difference{m, n, group_s, nullptr, group_t, a, ld, out};
+    each_block([&](Columns c) {
+      if (!gathered) gather(position, c);
+      residual(difference, c, squares, ahead);
+      if (varies) dots(m, rows, n, group_t, c, sums, ld, ahead);
+    });
+    gathered = true;
+    for (int i = 0; i < m; ++i) partial.loss[g.student[i]] += mu * double(sum<A, kWidth<A>>(squares[i]));
   }
 
   // e = s/|s| - C/|C|; h_s and h_C are e carried back through the two normalisations:
   // P_x(e) = (e - x^ <x^, e>) / |x|, or e / eps where |x| < eps
-  void compare_normalised(const Group& g, double mu) {
+  void compare_normalised(const Group& g, int64_t position, double mu) {
     const int m = g.m, n = g.n;
+    const int64_t ld = lanes(m);
     const double eps = 1e-12;
+    if (!gathered) gather(position, {0, width});
+    gathered = true;
     for (int i = 0; i < m; ++i) {
       const int student = g.student[i];
-      const T* x = group_s[i];
-      A *c = combined + student * pitch, *e = residual + student * pitch, *h_s = student_side + student * pitch;
-      const int64_t ld = lanes(m);
-      for (int j = 0; j < n; ++j) coef[j] = a[j * ld + i];
-      combine_one(group_t[0], coef[0], n - 1, group_t + 1, coef + 1, c);  // C
-      const double length_x = __builtin_sqrt(double(dot(x, x))), length_c = __builtin_sqrt(double(dot(c, c)));
+      const A* x = group_s[i];
+      A *c = combined + student * pitch, *e = residual_rows + student * pitch, *h_s = student_side + student * pitch;
+      combine_one(group_t[0], a[i], n - 1, group_t + 1, a + ld + i, ld, c);  // C
+      const double length_x = __builtin_sqrt(double(dot(x, x, width))),
+                   length_c = __builtin_sqrt(double(dot(c, c, width)));
       const A inverse_x = A(1 / (length_x < eps ? eps : length_x));
       const A inverse_c = A(1 / (length_c < eps ? eps : length_c));
-      A minus = -inverse_c;
+      const A minus = -inverse_c;
       const A* c_pointer = c;
-      combine_one(x, inverse_x, 1, &c_pointer, &minus, e);  // e
-      partial.loss[student] += mu * double(dot(e, e));
+      combine_one(x, inverse_x, 1, &c_pointer, &minus, 1, e);  // e
+      partial.loss[student] += mu * double(dot(e, e, width));
       if (!with_gradient()) continue;
-      A along_x = length_x < eps ? A(0) : -inverse_x * inverse_x * inverse_x * dot(x, e);
-      A along_c = length_c < eps ? A(0) : -inverse_c * inverse_c * inverse_c * dot(c, e);
-      combine_one(e, inverse_x, 1, &x, &along_x, h_s);
-      combine_one(e, inverse_c, 1, &c_pointer, &along_c, e);  // h_C, over e column by column
-      h[student] = e;
+      const A along_x = length_x < eps ? A(0) : -inverse_x * inverse_x * inverse_x * dot(x, e, width);
+      const A along_c = length_c < eps ? A(0) : -inverse_c * inverse_c * inverse_c * dot(c, e, width);
+      combine_one(e, inverse_x, 1, &x, &along_x, 1, h_s);
+      combine_one(e, inverse_c, 1, &c_pointer, &along_c, 1, e);  // h_C, over e column by column
+      h[student] = rows[i] = e;
     }
+    if (!(n > 1 && through_attention())) return;
+    clear_sums(m, n);
+    each_block([&](Columns c) { dots(m, rows, n, group_t, c, sums, ld, ahead); });
   }
 
-  template <class X, class Y>
-  A dot(const X* x, const Y* y) {
-    A result;
-    dots<A>(1, &x, 1, &y, p.D, &result, 1);
-    return result;
+  void combine_one(const A* base, A base_factor, int n, const A* const* x, const A* c, int64_t ld, A* to) {
+    combine(Combination<A>{1, n, &base, &base_factor, x, c, ld, &to}, {0, width}, ahead);
   }
 
-  template <class B, class X>
-  void combine_one(const B* base, A base_factor, int n, const X* const* x, const A* c, A* to) {
-    char* target = reinterpret_cast<char*>(to);
-    const Combination<A, B, X> one{1, n, &base, &base_factor, x, c, 1, &target, nullptr};
-    combine<Out::plain>(one, p.D);
-  }
-
-  template <class B>
-  void prefetch_half_of_next_row(Combination<A, B, T>& c, int half) {
-    if (!ahead) return;
-    c.next_base = group_next_s;
-    c.next_x = group_next_t;
-    c.half = half;
-  }
-
-  // dt_j = -2 sum_i w (a_ij h_i + tau c_ij s_i), for teacher layers that the same students attend to
+  // dt_j = -2 sum_i w (a_ij h_i + tau c_ij s_i), for teacher layers that the same students attend to. It takes
+  // the place of t_j, which nothing reads any more.
   void teacher_gradients(int64_t position) {
     for (int k = 0; k < p.teacher_group_count; ++k) {
       const Group& g = p.teacher_groups[k];
@@ -406,7 +406,7 @@ class RowKernel {
       for (int i = 0; i < m; ++i) {
         const int student = g.student[i];
         rows[i] = h[student];
-        rows[m + i] = wide_student(student);
+        rows[m + i] = own_s + student * pitch;
         for (int j = 0; j < n; ++j) {
           const int64_t at = int64_t(student) * p.n + g.teacher[j];
           coef[i * n + j] = -weight[student] * all_a[at];
@@ -414,23 +414,16 @@ class RowKernel {
         }
       }
       for (int j = 0; j < n; ++j) {
-        const int teacher = g.teacher[j];
         bases[j] = rows[0];  // the first row is the base of every output, the others are added
         base_scale[j] = coef[j];
-        out[j] = gradient_row(p.teacher[teacher], p.teacher_dtype, pooled_teacher_grad + teacher * pitch, position);
+        out[j] = own_t + g.teacher[j] * pitch;
       }
       const int count = through_attention() ? 2 * m : m;
-      const Combination<A, A, A> gradient{n, count - 1, bases, base_scale, rows + 1, coef + n, n, out, nullptr};
-      combine_into(gradient_dtype(p.teacher_dtype), p.stream, gradient, p.D);
-    }
-  }
-
-  const A* wide_student(int i) {
-    if constexpr (sizeof(T) == sizeof(A)) {
-      return s[i];
-    } else {
-      unpack<A>(reinterpret_cast<const char*>(s[i]), p.student_dtype, wide_s + i * pitch, p.D);
-      return wide_s + i * pitch;
+      const Combination<A> gradient{n, count - 1, bases, base_scale, rows + 1, coef + n, n, out};
+      each_block([&](Columns c) {
+        combine(gradient, c, ahead);
+        for (int j = 0; j < n; ++j) write(p.teacher[g.teacher[j]], p.teacher_dtype, out[j], position, c);
+      });
     }
   }
 
@@ -438,9 +431,9 @@ class RowKernel {
 
   void complete(int64_t r, int64_t position) {
     for (int i = 0; i < p.m; ++i)
-      complete_layer(p.student[i], p.student_dtype, p.student_active[i], pooled_student_grad + i * pitch, r, position);
+      complete_layer(p.student[i], p.student_dtype, p.student_active[i], student_out + i * pitch, r, position);
     for (int j = 0; j < p.n; ++j)
-      complete_layer(p.teacher[j], p.teacher_dtype, p.teacher_active[j], pooled_teacher_grad + j * pitch, r, position);
+      complete_layer(p.teacher[j], p.teacher_dtype, p.teacher_active[j], own_t + j * pitch, r, position);
     if (p.attention != nullptr)
       for (int i = 0; i < p.m; ++i)
         if (!p.student_active[i]) zero_attention(i, r);
@@ -466,8 +459,8 @@ class RowKernel {
         continue;
       }
       const A share = A(weight_k / mean_total);
-      const Combination<A, A, A> scaled{1, 0, &pooled, &share, nullptr, nullptr, 1, &row, nullptr};
-      combine_into(type, p.stream, scaled, p.D);
+      for (int64_t d = 0; d < width; ++d) spare[d] = share * pooled[d];
+      pack(spare, type, row, {0, width}, p.D, p.stream);
     }
   }
 
@@ -488,23 +481,23 @@ class RowKernel {
   static void zero(char* at, int64_t bytes) { __builtin_memset(at, 0, bytes); }
 };
 
-template <class A, class T>
+template <class A>
 int64_t scratch_bytes(const Problem& p) {
   Arena arena(nullptr);
-  RowKernel<A, T>(p, arena, {});
+  RowKernel<A>(p, arena, {});
   return arena.used;
 }
 
-template <class A, class T>
+template <class A>
 void run(const Problem& p, int64_t begin, int64_t end, char* scratch, Partial partial) {
   Arena arena(scratch);
-  RowKernel<A, T>(p, arena, partial).run(begin, end);
+  RowKernel<A>(p, arena, partial).run(begin, end);
 }
 
-template <class A, class T>
-constexpr Kernel kernel = {scratch_bytes<A, T>, run<A, T>};
+template <class A>
+constexpr Kernel kernel = {scratch_bytes<A>, run<A>};
 
-constexpr Kernels kernels = {kernel<float, float>, kernel<double, double>, kernel<float, Bf16>, kernel<float, Fp16>};
+constexpr Kernels kernels = {kernel<float>, kernel<double>};
 
 }  // namespace
 }  // namespace alp::ALP_ISA

@@ -2,8 +2,9 @@
 #if defined(__x86_64__)
 #define ALP_ISA avx2
 #define ALP_VECTOR_BYTES 32
-#define ALP_TILE_I 2
+#define ALP_TILE_I 3
 #define ALP_TILE_J 4
+#define ALP_BLOCK_BYTES 24576
 #define ALP_TILE_D 4
 #include "row_kernel.h"
 

@@ -110,7 +110,7 @@ inline uint16_t float_to_fp16(float x) {
 #endif
 }
 
-// The 16-bit dtypes as types, so that a product can read its rows as they lie in memory.
+// The 16-bit dtypes as types.
 struct Bf16 {
   uint16_t bits;
 };
@@ -123,21 +123,25 @@ inline double widen(double x) { return x; }
 inline float widen(Bf16 x) { return bf16_to_float(x.bits); }
 inline float widen(Fp16 x) { return fp16_to_float(x.bits); }
 
+inline void narrow(double x, double* to) { *to = x; }
+inline void narrow(double x, float* to) { *to = float(x); }
+inline void narrow(double x, Bf16* to) { to->bits = float_to_bf16(float(x)); }
+inline void narrow(double x, Fp16* to) { to->bits = float_to_fp16(float(x)); }
+
+typedef uint16_t Bits16 __attribute__((vector_size(ALP_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(ALP_VECTOR_BYTES)));
+
 // kWidth<A> elements as a vector of the compute dtype.
-inline Vec<float> load_row(const float* p) { return load<Vec<float>>(p); }
-inline Vec<double> load_row(const double* p) { return load<Vec<double>>(p); }
-inline Vec<float> load_row(const Bf16* p) {
-  typedef uint16_t Bits __attribute__((vector_size(ALP_VECTOR_BYTES / 2)));
-  typedef uint32_t Wide __attribute__((vector_size(ALP_VECTOR_BYTES)));
-  Bits bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return (Vec<float>)(__builtin_convertvector(bits, Wide) << 16);
+inline Vec<float> load_wide(const float* p) { return load<Vec<float>>(p); }
+inline Vec<double> load_wide(const double* p) { return load<Vec<double>>(p); }
+inline Vec<float> load_wide(const Bf16* p) {
+  return (Vec<float>)(__builtin_convertvector(load<Bits16>(p), Bits32) << 16);
 }
-inline Vec<float> load_row(const Fp16* p) {
+inline Vec<float> load_wide(const Fp16* p) {
 #if defined(__AVX512F__)
-  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(__F16C__) && ALP_VECTOR_BYTES == 32
-  return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return Vec<float>(_mm512_cvtph_ps(load<__m256i>(p)));
+#elif defined(__AVX2__)
+  return Vec<float>(_mm256_cvtph_ps(load<__m128i>(p)));
 #else
   Vec<float> v;
   for (int k = 0; k < kWidth<float>; ++k) v[k] = fp16_to_float(p[k].bits);
@@ -145,88 +149,93 @@ inline Vec<float> load_row(const Fp16* p) {
 #endif
 }
 
-// The same for one element: V is the vector or the scalar type.
-template <class V, class T>
-inline V load_as(const T* p) {
-  if constexpr (sizeof(V) == ALP_VECTOR_BYTES)
-    return load_row(p);
-  else
-    return V(widen(*p));
+// The vector in the dtype of the tag.
+inline Vec<float> narrow_vector(Vec<float> x, float*) { return x; }
+inline Vec<double> narrow_vector(Vec<double> x, double*) { return x; }
+inline Bits16 narrow_vector(Vec<float> x, Bf16*) {
+  const Bits32 bits = (Bits32)x;
+  const Bits32 rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;  // NaN stays NaN
+  return __builtin_convertvector(rounded >> 16, Bits16);
 }
-
-template <class A, class T>
-void unpack_row(const char* row, A* out, int64_t D) {
-  const T* x = reinterpret_cast<const T*>(row);
-  int64_t d = 0;
-  if constexpr (sizeof(A) == 4 && sizeof(T) <= 4)
-    for (; d + kWidth<A> <= D; d += kWidth<A>) store(out + d, load_row(x + d));
-  for (; d < D; ++d) out[d] = A(widen(x[d]));
-}
-
-// Widen a row into the compute dtype.
-template <class A>
-void unpack(const char* row, Dtype type, A* out, int64_t D) {
-  switch (type) {
-    case Dtype::f32: return unpack_row<A, float>(row, out, D);
-    case Dtype::f64: return unpack_row<A, double>(row, out, D);
-    case Dtype::bf16: return unpack_row<A, Bf16>(row, out, D);
-    case Dtype::f16: return unpack_row<A, Fp16>(row, out, D);
-  }
-}
-
-// ---- Stores of a gradient row: the compute dtype, the same past the caches, or a narrower dtype ------
-
-enum class Out { plain, stream, f32, bf16, f16 };
-
-template <Out kOut, class A>
-inline void put(char* row, int64_t d, A x) {
-  if constexpr (kOut == Out::bf16)
-    reinterpret_cast<uint16_t*>(row)[d] = float_to_bf16(float(x));
-  else if constexpr (kOut == Out::f16)
-    reinterpret_cast<uint16_t*>(row)[d] = float_to_fp16(float(x));
-  else if constexpr (kOut == Out::f32)
-    reinterpret_cast<float*>(row)[d] = float(x);
-  else
-    reinterpret_cast<A*>(row)[d] = x;
-}
-
-// The bits of kWidth<float> numbers in bf16, rounded to nearest even; NaN stays NaN.
-inline auto to_bf16(Vec<float> x) {
-  typedef uint32_t Wide __attribute__((vector_size(ALP_VECTOR_BYTES)));
-  typedef uint16_t Bits __attribute__((vector_size(ALP_VECTOR_BYTES / 2)));
-  const Wide bits = (Wide)x;
-  const Wide rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
-  return __builtin_convertvector(rounded >> 16, Bits);
-}
-
-template <Out kOut>
-inline void put(char* row, int64_t d, Vec<float> x) {
-  if constexpr (kOut == Out::bf16) {
-    const auto bits = to_bf16(x);
-    __builtin_memcpy(row + 2 * d, &bits, sizeof bits);
+inline Bits16 narrow_vector(Vec<float> x, Fp16*) {
 #if defined(__AVX512F__)
-  } else if constexpr (kOut == Out::f16) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + 2 * d), _mm512_cvtps_ph(__m512(x), 0));
-  } else if constexpr (kOut == Out::stream) {
-    _mm512_stream_ps(reinterpret_cast<float*>(row) + d, __m512(x));
+  return Bits16(_mm512_cvtps_ph(__m512(x), 0));
 #elif defined(__AVX2__)
-  } else if constexpr (kOut == Out::f16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + 2 * d), _mm256_cvtps_ph(__m256(x), 0));
-  } else if constexpr (kOut == Out::stream) {
-    _mm256_stream_ps(reinterpret_cast<float*>(row) + d, __m256(x));
+  return Bits16(_mm256_cvtps_ph(__m256(x), 0));
+#else
+  Bits16 bits;
+  for (int k = 0; k < kWidth<float>; ++k) bits[k] = float_to_fp16(x[k]);
+  return bits;
 #endif
-  } else if constexpr (kOut == Out::f16) {
-    for (int k = 0; k < kWidth<float>; ++k) put<kOut>(row, d + k, x[k]);
-  } else {
-    store(reinterpret_cast<float*>(row) + d, x);
+}
+
+// Write past the caches; p is a multiple of the vector's size.
+template <class V>
+inline void stream(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64)
+    _mm512_stream_si512(static_cast<__m512i*>(p), __m512i(v));
+  else if constexpr (sizeof(V) == 32)
+    _mm256_stream_si256(static_cast<__m256i*>(p), __m256i(v));
+  else if constexpr (sizeof(V) == 16)
+    _mm_stream_si128(static_cast<__m128i*>(p), __m128i(v));
+  else
+#endif
+    store(static_cast<V*>(p), v);
+}
+
+// Whether a row of T goes to or from compute dtype A in vectors; fp64 beside a narrower dtype does not.
+template <class A, class T>
+constexpr bool kByVectors = sizeof(A) == 4 || sizeof(T) == 8;
+
+// Columns begin … end of every row of a product.
+struct Columns {
+  int64_t begin, end;
+};
+
+// Widen columns of a row of D elements into scratch, with zeros behind the row's end.
+template <class A, class T>
+void unpack_row(const T* row, A* out, Columns c, int64_t D) {
+  int64_t d = c.begin;
+  const int64_t end = c.end < D ? c.end : D;
+  if constexpr (sizeof(A) == 4 && sizeof(T) <= 4)
+    for (; d + kWidth<A> <= end; d += kWidth<A>) store(out + d, load_wide(row + d));
+  for (; d < end; ++d) out[d] = A(widen(row[d]));
+  for (; d < c.end; ++d) out[d] = 0;
+}
+template <class A>
+void unpack(const char* row, Dtype type, A* out, Columns c, int64_t D) {
+  switch (type) {
+    case Dtype::f32: return unpack_row(reinterpret_cast<const float*>(row), out, c, D);
+    case Dtype::f64: return unpack_row(reinterpret_cast<const double*>(row), out, c, D);
+    case Dtype::bf16: return unpack_row(reinterpret_cast<const Bf16*>(row), out, c, D);
+    case Dtype::f16: return unpack_row(reinterpret_cast<const Fp16*>(row), out, c, D);
   }
 }
-template <Out kOut>
-inline void put(char* row, int64_t d, Vec<double> x) {
-  if constexpr (kOut == Out::plain || kOut == Out::stream)
-    store(reinterpret_cast<double*>(row) + d, x);
-  else
-    for (int k = 0; k < kWidth<double>; ++k) put<kOut>(row, d + k, x[k]);
+
+// Write columns of scratch to a gradient row of D elements, each rounded to nearest even.
+template <class A, class T>
+void pack_row(const A* in, T* row, Columns c, int64_t D, bool past_caches) {
+  int64_t d = c.begin;
+  const int64_t end = c.end < D ? c.end : D;
+  if constexpr (kByVectors<A, T>) {
+    if (past_caches)
+      for (; d + kWidth<A> <= end; d += kWidth<A>) stream(row + d, narrow_vector(load<Vec<A>>(in + d), row));
+    else
+      for (; d + kWidth<A> <= end; d += kWidth<A>) store(row + d, narrow_vector(load<Vec<A>>(in + d), row));
+  }
+  for (; d < end; ++d) narrow(in[d], row + d);
+}
+template <class A>
+void pack(const A* in, Dtype type, char* row, Columns c, int64_t D, bool past_caches) {
+  switch (type) {
+    case Dtype::f32: return pack_row(in, reinterpret_cast<float*>(row), c, D, past_caches);
+    case Dtype::f64:
+      if constexpr (sizeof(A) == 8) return pack_row(in, reinterpret_cast<double*>(row), c, D, past_caches);
+      return;  // a float64 side computes in float64
+    case Dtype::bf16: return pack_row(in, reinterpret_cast<Bf16*>(row), c, D, past_caches);
+    case Dtype::f16: return pack_row(in, reinterpret_cast<Fp16*>(row), c, D, past_caches);
+  }
 }
 
 inline void fence() {
