@@ -121,7 +121,10 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
         0.0 if normalizer is None or normalizer_tensor is not None else normalizer,
         problem.details,
     )
-    inputs = (backend, m, options, scale_tensor, *problem.student, *problem.teacher)
+    layers = [*problem.student, *problem.teacher]
+    if torch.compiler.is_compiling():  # which takes no tensor twice, but a layer may be given twice: aliases
+        layers = [h.view_as(h) for h in layers]
+    inputs = (backend, m, options, scale_tensor, *layers)
     parts: tuple[Tensor, Tensor, Tensor, Tensor]
     try:
         parts = _FusedLoss.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -175,7 +178,8 @@ def _scaled(stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> lis
     place where it is not, but only while the graph is being freed: a kept graph needs them again.
     """
     factor = grad_loss * grad_factor
-    if torch.compiler.is_compiling() or factor.device.type != "cpu":
+    has_value = factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none
+    if torch.compiler.is_compiling() or not has_value:
         return [(g * factor).to(g.dtype) if g.dtype == factor.dtype else (g.to(factor.dtype) * factor).to(g.dtype)
                 for g in stored]  # fmt: skip
     value = factor.item()
