@@ -1,0 +1,127 @@
+"""ALPLoss: alp_loss with its options, and the projection where one is held."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from common import both_sides, hidden_states
+
+from alpkd_fast import ALPLoss, ALPOutput, alp_loss
+
+
+def problem(wide=6, narrow=9):
+    return hidden_states(2, (3, 4), wide), [t.detach() for t in hidden_states(3, (3, 4), narrow, seed=2)]
+
+
+def test_equals_the_function(backend):
+    student, teacher = both_sides(2, 3, (3, 4), 6, device=backend.device)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], device=backend.device)
+    options = {"pooling": "mean", "layer_map": [(0,), (1, 2)], "scale": 1.0, "normalize": True, "layer_weights": [1, 2]}
+    module = ALPLoss(**options, backend=backend.name)
+    assert torch.equal(module(student, teacher, mask), backend(student, teacher, mask, **options))
+    assert list(module.parameters()) == []
+
+
+@pytest.mark.parametrize("projections", [None, 2], ids=["shared", "per-layer"])
+def test_projection_is_held_where_the_widths_differ(projections):
+    student, teacher = problem()
+    module = ALPLoss(6, 9, projections=projections)
+    leading = () if projections is None else (projections,)
+    assert module.proj_weight.shape == (*leading, 6, 9)
+    assert module.proj_bias.shape == (*leading, 6)
+    loss = module(student, teacher)
+    want = alp_loss(student, teacher, proj_weight=module.proj_weight, proj_bias=module.proj_bias)
+    assert torch.equal(loss, want)
+    loss.backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_projection_when_asked_and_when_not():
+    assert ALPLoss(6, 6).proj_weight is None
+    assert ALPLoss(6, 9, projection=False).proj_weight is None
+    assert ALPLoss(6, 6, projection=True).proj_weight.shape == (6, 6)
+    assert ALPLoss(6, 9, bias=False).proj_bias is None
+
+
+def test_projection_starts_as_the_identity_or_orthonormal():
+    square = ALPLoss(6, 6, projection=True)
+    assert torch.equal(square.proj_weight, torch.eye(6))
+    wide, tall = ALPLoss(9, 6).proj_weight, ALPLoss(6, 9).proj_weight
+    torch.testing.assert_close(wide.T @ wide, torch.eye(6))
+    torch.testing.assert_close(tall @ tall.T, torch.eye(6))
+    per_layer = ALPLoss(6, 9, projections=2).proj_weight
+    for weight in per_layer:
+        torch.testing.assert_close(weight @ weight.T, torch.eye(6))
+    assert bool((ALPLoss(6, 9).proj_bias == 0).all())
+
+
+@pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_copies(through):
+    student, teacher = problem()
+    module = ALPLoss(6, 9, projections=2, pooling="mean", scale=0.5, layer_map=[(0, 1), (2,)])
+    torch.nn.init.normal_(module.proj_bias)
+    if through == "deepcopy":
+        other = copy.deepcopy(module)
+    elif through == "pickle":
+        other = pickle.loads(pickle.dumps(module))
+    elif through == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    else:
+        assert set(module.state_dict()) == {"proj_weight", "proj_bias"}
+        other = ALPLoss(6, 9, projections=2, pooling="mean", scale=0.5, layer_map=[(0, 1), (2,)])
+        other.load_state_dict(module.state_dict())
+    assert torch.equal(other(student, teacher), module(student, teacher))
+    assert other.proj_weight is not module.proj_weight
+    assert repr(other) == repr(module)
+
+
+def test_repr_shows_the_options():
+    text = repr(ALPLoss(6, 9, pooling="mean", layer_map="skip", normalize=True))
+    for part in ("ALPLoss", "pooling='mean'", "layer_map='skip'", "normalize=True", "(6, 9)", "bias=True"):
+        assert part in text
+    assert repr(ALPLoss()) == "ALPLoss()"
+
+
+def test_every_option_of_the_function_is_an_option_of_the_module():
+    names = [n for n, p in inspect.signature(alp_loss).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in names:
+        if not name.startswith("proj_"):
+            default = inspect.signature(alp_loss).parameters[name].default
+            assert ALPLoss(**{name: default}).options == {name: default}
+
+
+def test_normalizer_of_a_call_and_details():
+    student, teacher = problem(6, 6)
+    module = ALPLoss(return_details=True)
+    output = module(student, teacher, normalizer=5.0)
+    assert isinstance(output, ALPOutput)
+    assert torch.equal(output.loss, alp_loss(student, teacher, normalizer=5.0))
+    assert torch.equal(ALPLoss(normalizer=2.0)(student, teacher, normalizer=5.0), output.loss)
+
+
+def test_to_dtype_moves_the_projection():
+    student, teacher = problem()
+    module = ALPLoss(6, 9).to(torch.bfloat16)
+    assert module.proj_weight.dtype == torch.bfloat16
+    module(student, teacher).backward()
+    assert module.proj_weight.grad.dtype == torch.bfloat16
+
+
+def test_training_a_projection_lowers_the_loss():
+    student, teacher = problem()
+    module = ALPLoss(6, 9)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = module([s.detach() for s in student], teacher)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
