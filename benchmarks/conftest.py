@@ -1,0 +1,128 @@
+"""Options, markers and fixtures of ``pytest benchmarks/``."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import measure, results, tables
+from .floor import measure_machine
+from .results import Row
+from .runner import Session
+
+SESSION = pytest.StashKey[Session]()
+SUITES = ("loss", "cls", "pooling", "projection", "memory", "overhead", "step", "scaling")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("alpkd_fast benchmarks")
+    group.addoption("--quick", action="store_true", help="the main cases only, in about a minute")
+    group.addoption("--full", action="store_true", help="everything; what the results file holds already is not repeated")
+    group.addoption("--results", type=Path, default=results.RESULTS / "local.csv", help="the CSV that rows are added to")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    group.addoption("--ours-only", action="store_true", help="time no rivals")
+
+
+def pytest_configure(config):
+    for suite in SUITES:
+        config.addinivalue_line("markers", f"{suite}: benchmarks of this suite")
+    config.addinivalue_line("markers", "level(name): the least level that runs it: quick, default or full")
+
+
+def level(config) -> str:
+    return "full" if config.option.full else "quick" if config.option.quick else "default"
+
+
+def pytest_collection_modifyitems(config, items):
+    levels = ("quick", "default", "full")
+    wanted = levels.index(level(config))
+    kept, dropped = [], []
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=replay_timer))
+        marker = item.get_closest_marker("level")
+        least = marker.args[0] if marker else "default"
+        (kept if levels.index(least) <= wanted else dropped).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def session(request):
+    """Device, machine figures and the run's own fields; at the end its table is printed."""
+    config = request.config
+    device = torch.device(config.option.device)
+    measure.keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch._inductor.config.force_disable_caches = True  # so that compile times are those of a first call
+    # pytest's own arguments, without paths of this machine
+    given = [a for a in config.invocation_params.args if "/" not in str(a) or str(a).startswith("benchmarks")]
+    stamp = Row(
+        run=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command="pytest " + " ".join(str(a) for a in given if a != "--results"),
+        commit=results.commit(),
+        device=results.device_name(device),
+        versions=results.versions(device),
+    )
+    config.stash[SESSION] = Session(device, level(config), measure_machine(device), stamp, config.option.ours_only)
+    return config.stash[SESSION]
+
+
+@pytest.fixture
+def record(request, session):
+    """The session with the suite's name in its rows; on leaving, the test's rows go to the results file."""
+    suite = next(name for name in SUITES if request.node.get_closest_marker(name))
+    before, session.stamp = len(session.rows), replace(session.stamp, suite=suite)
+    yield session
+    results.append(request.config.option.results, session.rows[before:])
+
+
+@pytest.fixture
+def done(request):
+    """Whether a full run's results file holds this case already: done(case, dtype, mode) skips the test."""
+    option = request.config.option
+    held = []
+    if option.full and option.results.exists():
+        here = results.commit(), results.device_name(torch.device(option.device))
+        held = [row for row in results.read([option.results]) if (row.commit, row.device) == here]
+
+    def skip(**fields):
+        if any("--full" in row.command and all(getattr(row, k) == v for k, v in fields.items()) for row in held):
+            pytest.skip("the results file holds it already")
+
+    return skip
+
+
+_replayed: list[float] = []
+
+
+def replay_timer() -> float:
+    """A timer that tells pytest-benchmark times measured before: it times one function at a time, we take turns."""
+    return _replayed.pop(0)
+
+
+@pytest.fixture
+def report(benchmark):
+    """report(times, **info) hands measured times to pytest-benchmark."""
+
+    def hand_over(seconds, **info):
+        benchmark.extra_info.update(info)
+        _replayed[:] = [moment for value in seconds for moment in (0.0, value)]
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
+
+    return hand_over
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = config.stash.get(SESSION, None)
+    if session is not None and session.rows:
+        terminalreporter.section("alpkd_fast benchmarks")
+        terminalreporter.write_line(f"{session.stamp.device}; {session.stamp.versions}; commit {session.stamp.commit}")
+        for stream in session.machine.streams:
+            terminalreporter.write_line(f"{stream.name:<16}{stream.bandwidth / 1e9:8.1f} GB/s")
+        terminalreporter.write_line(tables.text(session.rows))
+        terminalreporter.write_line(f"added to {config.option.results.name}")

@@ -1,0 +1,159 @@
+"""Measuring: in turns, warm-up apart, on rotated inputs; time, memory, kernel launches."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Run = Callable[[int], object]  # takes the number of the call, which picks the inputs
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of returning it to the kernel.
+
+    By default every large tensor is mapped anew, and its page faults cost more than the work (for ours and for the
+    rivals). Training processes run with allocators that keep their memory (jemalloc, tcmalloc, a warm heap).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache (L2 on a GPU)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [64 << 20]  # where the system does not tell
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KMG])", path.read_text().strip()).groups()
+        sizes.append(int(number) << {"K": 10, "M": 20, "G": 30}[unit])
+    return max(sizes[1:] or sizes)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_seconds(run: Run, call: int, device: torch.device) -> float:
+    """Wall time of one call, the work on the device included."""
+    synchronize(device)
+    start = time.perf_counter()
+    run(call)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def gpu_seconds(run: Run, call: int) -> float:
+    """Time of one call on the GPU between two events. The GPU first sleeps, so that launches do not make it wait."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(4_000_000)  # cycles, about 2 ms: longer than the launches of any call here take
+    start.record()
+    run(call)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def take_turns(
+    runs: dict[str, Run], device: torch.device, seconds: float, rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
+
+    A run leaves the turns once it has used ``seconds`` of time and done ``rounds`` rounds. Fast runs make several
+    calls a turn. The first call of each run is a warm-up and not counted.
+    """
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    calls = dict.fromkeys(runs, 1)
+    per_turn = {}
+    for name, run in runs.items():
+        run(0)
+        per_turn[name] = min(20, max(1, int(5e-3 / wall_seconds(run, 0, device))))
+    waiting = list(runs)
+    while waiting:
+        for name in waiting:
+            for _ in range(per_turn[name]):
+                wall = wall_seconds(runs[name], calls[name], device)
+                times[name][1].append(wall)
+                times[name][0].append(gpu_seconds(runs[name], calls[name] + 1) if device.type == "cuda" else wall)
+                calls[name] += 2 if device.type == "cuda" else 1
+        waiting = [name for name in waiting if len(times[name][1]) < rounds or sum(times[name][1]) < seconds]
+    return times
+
+
+def median_iqr(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], 0.0
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return median, upper - lower
+
+
+def tensor_bytes(result: object) -> int:
+    if isinstance(result, Tensor):
+        return result.untyped_storage().nbytes()
+    return sum(tensor_bytes(part) for part in result) if isinstance(result, (tuple, list)) else 0
+
+
+def _status(key: str) -> int:
+    return int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) << 10
+
+
+def extra_bytes(run: Run, device: torch.device) -> int | None:
+    """Peak memory of one call beyond what was there before and the tensors that it returns; None if unknown."""
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run(0)
+        synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - before - tensor_bytes(result))
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # free pages of the heap must count when they are used again
+        Path("/proc/self/clear_refs").write_text("5")  # restarts VmHWM
+        before = _status("VmRSS")
+        result = run(0)
+        return max(0, _status("VmHWM") - before - tensor_bytes(result))
+    except (AttributeError, OSError, TypeError):  # not Linux with glibc
+        return None
+
+
+def kernel_launches(run: Run, device: torch.device) -> int | None:
+    """Kernels that one call launches on a GPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        run(0)
+        synchronize(device)
+    on_gpu = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
+
+
+def as_cuda_graph(run: Run, sets: int) -> Run:
+    """The run captured once per set of inputs; a call replays its graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in range(3):
+            run(call)
+    torch.cuda.current_stream().wait_stream(side)
+    graphs, kept = [], []
+    for k in range(sets):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept.append(run(k))  # the results must outlive the graph
+        graphs.append(graph)
+    replay: Run = lambda call: graphs[call % sets].replay() or kept  # noqa: E731
+    return replay

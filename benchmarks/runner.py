@@ -1,0 +1,277 @@
+"""Runs one case: check every provider against float64, time those that are right in turns, return the rows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import alpkd_fast
+
+from . import measure, providers
+from .cases import DTYPES, Case, Inputs, make_inputs
+from .floor import Machine
+from .providers import Provider
+from .results import Row
+
+OTHER_GRADIENT = 0.37
+FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever computes them
+
+
+@dataclass
+class Session:
+    """One run of the benchmarks."""
+
+    device: torch.device
+    level: str  # "quick", "default", "full"
+    machine: Machine
+    stamp: Row  # the fields of the run, to be completed
+    ours_only: bool = False
+    rows: list[Row] = field(default_factory=list)  # of this run
+    times: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # by mode, gradient, provider
+
+    @property
+    def seconds(self) -> float:
+        """Time for each provider on each case."""
+        return {"quick": 0.6, "default": 1.5, "full": 3.0}[self.level]
+
+    @property
+    def rounds(self) -> int:
+        return {"quick": 3, "default": 5, "full": 9}[self.level]
+
+    def row(self, case: Case, dtype: str, **values: object) -> Row:
+        return replace(
+            self.stamp, case=case.name, m=case.m, n=case.n, D=case.D, rows=case.tokens, valid_rows=case.valid_rows,
+            padding=case.padding, dtype=dtype, threads=torch.get_num_threads(), **values,
+        )  # fmt: skip
+
+
+def run(provider: Provider, inputs: Sequence[Inputs], backward: bool, gradient: Tensor | None) -> measure.Run:
+    """The call to time: the loss, and its gradients to every student layer; no incoming gradient means 1."""
+
+    def call(k: int) -> object:
+        given = inputs[k % len(inputs)]
+        if not backward:
+            with torch.no_grad():
+                return provider.loss(given)
+        loss = provider.loss(given)
+        return loss.detach(), torch.autograd.grad(loss, given.student, gradient)
+
+    return call
+
+
+@dataclass
+class Truth:
+    """Loss and student gradients in float64 by the reference backend, a few rows at a time."""
+
+    loss: float
+    gradients: list[Tensor]
+
+    @classmethod
+    def of(cls, case: Case, inputs: Inputs) -> Truth:
+        take = (lambda h: h.detach()[:, 0]) if case.rows == "cls-dense" else (lambda h: h.detach().flatten(0, -2))
+        student, teacher = [take(h) for h in inputs.student], [take(h) for h in inputs.teacher]
+        weights = None if inputs.weights is None else inputs.weights.flatten()
+        step = max(1, (8 << 20) // ((case.n + case.m) * case.D))
+        loss, parts = 0.0, []
+        for begin in range(0, case.tokens, step):
+            rows = slice(begin, begin + step)
+            s = [h[rows].double().requires_grad_() for h in student]
+            part = alpkd_fast.alp_loss(
+                s, [h[rows].double() for h in teacher], None if weights is None else weights[rows],
+                layer_map=case.layer_map, scale=case.scale, normalize=case.normalize,
+                normalizer=float(case.valid_rows), backend="reference",
+            )  # fmt: skip
+            parts.append(torch.autograd.grad(part, s))
+            loss += part.item()
+        return cls(loss, [torch.cat(layer) for layer in zip(*parts, strict=True)])
+
+    def errors(self, case: Case, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[float, float]:
+        """Relative errors of the loss, and of the worst student layer's gradient in the Frobenius norm."""
+        worst = 0.0
+        for got, true in zip(gradients, self.gradients, strict=True):
+            if case.rows == "cls-dense":
+                if got[:, 1:].any():
+                    return math.inf, math.inf
+                got = got[:, 0]
+            worst = max(worst, float((got.reshape(true.shape).double() - true).norm() / true.norm()))
+        return abs(loss.item() - self.loss) / abs(self.loss), worst if worst == worst else math.inf
+
+
+def rounding(D: int, dtype: torch.dtype) -> float:
+    """What one rounding to the dtype and a sum of D terms in fp32 may add to a relative error."""
+    return torch.finfo(dtype).eps + math.sqrt(D) * torch.finfo(torch.float32).eps
+
+
+class Checker:
+    """Says whether a provider is right on the benchmark's own input.
+
+    Allowed is twice the error of the first rival, which is the definition written plainly in that dtype, and a
+    rounding. That form itself may be wrong by what the rounding of sums of D terms in the dtype explains, magnified
+    by the scale inside the softmax.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype, inputs: Inputs):
+        self.case, self.inputs = case, inputs
+        self.gradient = torch.tensor(FP16_LOSS_SCALE if dtype == torch.float16 else 1.0, device=inputs.student[0].device)
+        self.truth = Truth.of(case, inputs)
+        plain = providers.rivals(case)[0]
+        scale = 1 / math.sqrt(case.D) if case.scale is None else case.scale
+        self.allowed = ((1 + scale * math.sqrt(case.D)) * math.sqrt(case.D) * torch.finfo(dtype).eps,) * 2
+        floor = rounding(case.D, dtype)
+        error, _, reason = self(plain)
+        if reason is not None:
+            raise AssertionError(f"{case.name}: the plain form {plain.name} is {reason}")
+        self.allowed = tuple(2 * e + floor for e in self.last)  # type: ignore[assignment]
+
+    def __call__(self, provider: Provider) -> tuple[float, float, str | None]:
+        """Return the gradient's error, what was allowed, and None or what is wrong."""
+        loss, gradients = run(provider, [self.inputs], True, self.gradient)(0)  # type: ignore[misc]
+        factor = float(self.gradient)
+        self.last = self.truth.errors(self.case, loss, [g.double() / factor for g in gradients])
+        for what, error, allowed in zip(("loss", "gradient"), self.last, self.allowed, strict=True):
+            if not error <= allowed:
+                return self.last[1], self.allowed[1], f"wrong: {what} off by {error:.2g}, allowed {allowed:.2g}"
+        return self.last[1], self.allowed[1], None
+
+
+@dataclass
+class Candidate:
+    """A provider that was checked, and what is known of it."""
+
+    provider: Provider
+    error: float
+    tolerance: float
+    compile_s: float | None = None
+
+
+def check_all(
+    session: Session, case: Case, dtype: str, mode: str, inputs: list[Inputs]
+) -> tuple[list[Candidate], list[Row]]:
+    """The providers that are right on this input, and a row for each that cannot be timed."""
+    checker = Checker(case, DTYPES[dtype], inputs[0])
+    right: list[Candidate] = []
+    refused: list[Row] = []
+
+    def consider(provider: Provider, compile_s: float | None = None) -> None:
+        error, tolerance, reason = checker(provider)
+        if reason is None:
+            right.append(Candidate(provider, error, tolerance, compile_s))
+        else:
+            refused.append(session.row(case, dtype, mode=mode, provider=provider.name, kind=provider.kind,
+                                       error=error, tolerance=tolerance, status=reason))  # fmt: skip
+
+    mine, reasons = providers.ours(case, session.device)
+    for name, reason in reasons.items():
+        refused.append(session.row(case, dtype, mode=mode, provider=name, kind="ours", status=f"skipped: {reason}"))
+    for provider in mine:
+        try:
+            consider(provider)
+        except RuntimeError as error:
+            if "cannot run" not in str(error):
+                raise
+            refused.append(session.row(case, dtype, mode=mode, provider=provider.name, kind="ours",
+                                       status=f"skipped: {error}"))  # fmt: skip
+    if session.ours_only:
+        return right, refused
+    for provider in providers.rivals(case):
+        consider(provider)
+    for name, how in forms_to_compile(session, case, mode, right, inputs):
+        compiled = providers.compiled(case, name, how)
+        start = time.perf_counter()
+        try:
+            run(compiled, inputs, mode != "forward", None)(0)
+        except Exception as error:
+            refused.append(session.row(case, dtype, mode=mode, provider=compiled.name, kind="compiled",
+                                       status=f"does not compile: {type(error).__name__}"))  # fmt: skip
+            continue
+        consider(compiled, time.perf_counter() - start)
+    return right, refused
+
+
+def forms_to_compile(
+    session: Session, case: Case, mode: str, right: list[Candidate], inputs: list[Inputs]
+) -> list[tuple[str, str | None]]:
+    """All forms in a full run; else the fastest in eager mode and bmm, which compiled well where all were tried."""
+    forms = [c.provider for c in right if c.provider.kind in ("eager", "public")]
+    modes = [None, "max-autotune-no-cudagraphs"] if session.device.type == "cuda" and session.level == "full" else [None]
+    if session.level != "full":
+        if session.level == "quick" or mode == "forward":
+            return []
+        seconds = {p.name: min(measure.wall_seconds(run(p, inputs, mode != "forward", None), k, session.device)
+                               for k in range(2)) for p in forms}  # fmt: skip
+        best = min(seconds, key=seconds.__getitem__)
+        forms = [p for p in forms if p.name in (best, "bmm")]
+    return [(p.name, how) for p in forms for how in modes]
+
+
+def run_case(session: Session, case: Case, dtype: str, mode: str) -> list[Row]:
+    """Check, time and describe every provider on the case; the rows are also kept in the session."""
+    case = case.on(session.device)
+    backward = mode != "forward"
+    inputs = make_inputs(case, DTYPES[dtype], session.device, measure.cache_bytes(session.device))
+    right, rows = check_all(session, case, dtype, mode, inputs)
+    one = "65536" if dtype == "fp16" else "1"
+    rows += time_all(session, case, dtype, mode, one, right, inputs)
+    if backward and dtype != "fp16":
+        timed = [row for row in rows if row.status == "ok"]
+        best = timed[0].best_rival if timed else ""
+        again = [c for c in right if c.provider.kind == "ours" or c.provider.name == best]
+        rows += time_all(session, case, dtype, mode, str(OTHER_GRADIENT), again, inputs)
+    if case.rows == "cls" and session.device.type == "cuda":
+        rows += time_all(session, case, dtype, f"{mode} (CUDA graph)", one, right, inputs)
+    session.rows += rows
+    return rows
+
+
+def time_all(
+    session: Session, case: Case, dtype: str, mode: str, gradient: str, right: list[Candidate], inputs: list[Inputs]
+) -> list[Row]:
+    """Time the candidates in turns; one row each."""
+    backward = mode != "forward"
+    incoming = None if gradient == "1" else torch.tensor(float(gradient), device=session.device)
+    runs = {c.provider.name: run(c.provider, inputs, backward, incoming) for c in right}
+    if "CUDA graph" in mode:
+        runs = {name: measure.as_cuda_graph(call, len(inputs)) for name, call in runs.items()}
+    times = measure.take_turns(runs, session.device, session.seconds, session.rounds)
+    kind = DTYPES[dtype]
+    read, written = case.bytes_moved(kind, backward)
+    operations = case.operations(backward)
+    floor, bound = session.machine.floor(read, written, operations, kind)
+    rows = []
+    for c in right:
+        on_device, wall = times[c.provider.name]
+        session.times[mode, gradient, c.provider.name] = on_device
+        median, iqr = measure.median_iqr(on_device)
+        call = runs[c.provider.name]
+        rows.append(session.row(
+            case, dtype, mode=mode, gradient=gradient, provider=c.provider.name, kind=c.provider.kind,
+            error=c.error, tolerance=c.tolerance, compile_s=c.compile_s,
+            rounds=len(wall), median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(wall)[0],
+            bytes_read=read, bytes_written=written, operations=operations,
+            bandwidth=(read + written) / session.machine.stream_seconds(read, written),
+            copy_bandwidth=session.machine.copy_bandwidth, peak=session.machine.peak(kind),
+            floor_s=floor, floor_bound=bound, x_floor=median / floor, achieved=(read + written) / median,
+            extra_bytes=measure.extra_bytes(call, session.device),
+            launches=measure.kernel_launches(call, session.device),
+        ))  # fmt: skip
+    compare(rows, by_wall=case.rows != "token")
+    return rows
+
+
+def compare(rows: list[Row], by_wall: bool) -> None:
+    """Fill in the best rival and every row's speed-up over it. Few rows are bound by launches: their wall time counts."""
+
+    def seconds(row: Row) -> float:
+        return (row.wall_s if by_wall else row.median_s) or math.inf
+
+    opponents = [row for row in rows if row.kind in ("eager", "public", "compiled") and row.status == "ok"]
+    if not opponents:
+        return
+    best = min(opponents, key=seconds)
+    for row in rows:
+        row.best_rival, row.x_best_rival = best.provider, seconds(best) / seconds(row)

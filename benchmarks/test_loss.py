@@ -1,0 +1,68 @@
+"""The loss over tokens, and over [CLS] rows, against its rivals and the floor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from .cases import CLS, LOSS
+from .runner import run_case
+
+FORWARD, BOTH = "forward", "forward+backward"
+QUICK = {("bert-base-6", "fp32"), ("bert-base-6", "bf16"), ("cls-6", "fp32")}
+
+
+def least_level(case: str, dtype: str, mode: str) -> str:
+    """Quick: the main case. Default: every case once, the table's cases in fp32 and bf16. Full: everything."""
+    if mode == BOTH and (case, dtype) in QUICK:
+        return "quick"
+    if case.startswith("bert-base"):
+        in_default = dtype != "fp16" and (mode == BOTH or case == "bert-base-6")
+    elif case in CLS:
+        in_default = dtype == "fp32" and mode == BOTH and case not in ("cls-4", "cls-2")
+    else:
+        in_default = mode == BOTH and dtype == ("bf16" if case == "decoder-16" else "fp32")
+    return "default" if in_default else "full"
+
+
+def parameters(cases):
+    return [
+        pytest.param(case, dtype, mode, id=f"{case}-{dtype}-{mode}", marks=pytest.mark.level(least_level(case, dtype, mode)))
+        for case in cases for dtype in ("fp32", "bf16", "fp16") for mode in (BOTH, FORWARD)
+    ]  # fmt: skip
+
+
+def hand_over(rows, session, report):
+    """Give the times of our best version to pytest-benchmark; the test fails if none of ours is right."""
+    wrong = [f"{row.provider}: {row.status}" for row in rows if row.kind == "ours" and row.status.startswith("wrong")]
+    assert not wrong, wrong
+    best = min((row for row in rows if row.kind == "ours" and row.median_s), key=lambda row: row.median_s)
+    report(
+        session.times[best.mode, best.gradient, best.provider],
+        provider=best.provider, x_floor=best.x_floor, best_rival=best.best_rival, x_best_rival=best.x_best_rival,
+    )  # fmt: skip
+
+
+@pytest.mark.loss
+@pytest.mark.parametrize(("case", "dtype", "mode"), parameters(LOSS))
+def test_loss(case, dtype, mode, record, report, done):
+    done(suite="loss", case=case, dtype=dtype, mode=mode, padding=0.0)
+    hand_over(run_case(record, LOSS[case], dtype, mode), record, report)
+
+
+@pytest.mark.loss
+@pytest.mark.level("full")
+@pytest.mark.parametrize("padding", [0.3, 0.6])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", LOSS)
+def test_padding(case, dtype, padding, record, report, done):
+    done(suite="loss", case=case, dtype=dtype, mode=BOTH, padding=padding)
+    hand_over(run_case(record, replace(LOSS[case], padding=padding), dtype, BOTH), record, report)
+
+
+@pytest.mark.cls
+@pytest.mark.parametrize(("case", "dtype", "mode"), parameters(CLS))
+def test_cls(case, dtype, mode, record, report, done):
+    done(suite="cls", case=case, dtype=dtype, mode=mode)
+    hand_over(run_case(record, CLS[case], dtype, mode), record, report)
