@@ -15,10 +15,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """Student (m layers) and teacher (n layers) of width D over ``batch`` sequences of ``seq`` tokens.
+    """Student (m layers of width D) and teacher (n layers) over ``batch`` sequences of ``seq`` tokens.
 
-    rows: "token" takes every token; "cls" takes views h[:, k] of (batch, seq, D) storage as inputs; "cls-dense"
-    differentiates through the view down to h, with the dense zero gradient that this makes.
+    views: the loss is given [CLS] rows as views h[:, k] of (batch, seq, D) storage, and the gradients stop at the
+    views. With pooling="cls" they go down to h, and so through the dense zero gradient.
     """
 
     name: str
@@ -28,7 +28,9 @@ class Case:
     batch: int
     seq: int = 128
     gpu_batch: int | None = None  # a GPU needs more rows to be busy
-    rows: str = "token"
+    teacher_dim: int | None = None  # width of the teacher where a projection takes it to D
+    pooling: str = "token"
+    views: bool = False
     scale: float | None = None
     normalize: bool = False
     layer_map: str = "all"
@@ -38,9 +40,9 @@ class Case:
         return self if device.type == "cpu" else replace(self, batch=self.gpu_batch or self.batch)
 
     @property
-    def tokens(self) -> int:
-        """Rows that the loss is given, padding included."""
-        return self.batch * self.seq if self.rows == "token" else self.batch
+    def rows(self) -> int:
+        """Rows of the loss, padding included."""
+        return self.batch if self.views or self.pooling != "token" else self.batch * self.seq
 
     @property
     def pairs(self) -> int:
@@ -55,17 +57,25 @@ class Case:
 
     @property
     def valid_rows(self) -> int:
-        return int(self.lengths().sum()) if self.rows == "token" else self.batch
+        return self.batch if self.rows == self.batch else int(self.lengths().sum())
 
     def bytes_moved(self, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
-        """Bytes read (every valid row once) and written (every element of every gradient once)."""
-        row = self.D * dtype.itemsize
-        gradient_rows = self.batch * self.seq if self.rows == "cls-dense" else self.tokens
-        return (self.n + self.m) * self.valid_rows * row, self.m * gradient_rows * row * backward
+        """Bytes read (every row that the loss needs once) and written (every element of every gradient once)."""
+        read_rows = self.valid_rows if self.pooling != "mean" else int(self.lengths().sum())
+        gradient_rows = self.batch if self.views else self.batch * self.seq
+        teacher_dim = self.teacher_dim or self.D
+        projection = self.D * teacher_dim if self.teacher_dim else 0
+        read = (self.n * teacher_dim + self.m * self.D) * read_rows + projection
+        written = (self.m * self.D * gradient_rows + projection) * backward
+        return read * dtype.itemsize, written * dtype.itemsize
 
     def operations(self, backward: bool) -> int:
-        """Two (forward) or four passes of one multiply-add per pair and column."""
-        return (8 if backward else 4) * self.pairs * self.valid_rows * self.D
+        """Two (forward) or four passes of one multiply-add per pair and column, and the projection's products:
+        of the n teacher layers, or of the m queries, whichever is less."""
+        products = 0
+        if self.teacher_dim:
+            products = min((2 if backward else 1) * self.n, (6 if backward else 2) * self.m) * self.teacher_dim
+        return 2 * self.valid_rows * self.D * ((4 if backward else 2) * self.pairs + products)
 
 
 _LOSS = [
@@ -78,51 +88,66 @@ _LOSS = [
     Case("decoder-16", n=32, m=16, D=4096, batch=4, gpu_batch=32),
 ]
 _CLS = [
-    Case("cls-6", n=12, m=6, D=768, batch=32, rows="cls"),
-    Case("cls-4", n=12, m=4, D=768, batch=32, rows="cls"),
-    Case("cls-2", n=12, m=2, D=768, batch=32, rows="cls"),
-    Case("cls-6-dense", n=12, m=6, D=768, batch=32, rows="cls-dense"),
-    Case("cls-6-scale-1", n=12, m=6, D=768, batch=32, rows="cls", scale=1.0),
-    Case("cls-6-pkd", n=12, m=6, D=768, batch=32, rows="cls", normalize=True, layer_map="skip"),
+    Case("cls-6", n=12, m=6, D=768, batch=32, views=True),
+    Case("cls-4", n=12, m=4, D=768, batch=32, views=True),
+    Case("cls-2", n=12, m=2, D=768, batch=32, views=True),
+    Case("cls-6-dense", n=12, m=6, D=768, batch=32, pooling="cls"),
+    Case("cls-6-scale-1", n=12, m=6, D=768, batch=32, views=True, scale=1.0),
+    Case("cls-6-pkd", n=12, m=6, D=768, batch=32, views=True, normalize=True, layer_map="skip"),
+]
+_POOLING = [
+    Case("mean-6", n=12, m=6, D=768, batch=32, gpu_batch=128, pooling="mean", padding=0.3),
+    Case("last-6", n=12, m=6, D=768, batch=32, gpu_batch=128, pooling="last", padding=0.3),
+]
+_PROJECTION = [
+    Case("projection-6", n=12, m=6, D=384, batch=32, gpu_batch=128, teacher_dim=768),
+    Case("projection-2", n=12, m=2, D=384, batch=32, gpu_batch=128, teacher_dim=768),
 ]
 LOSS = {case.name: case for case in _LOSS}
 CLS = {case.name: case for case in _CLS}
+POOLING = {case.name: case for case in _POOLING}
+PROJECTION = {case.name: case for case in _PROJECTION}
 
 
 @dataclass
 class Inputs:
-    """One set of inputs: m student tensors that require grad, n teacher tensors, row weights or None."""
+    """m student tensors that require grad, n teacher tensors, row weights or None, a projection or None."""
 
     student: list[Tensor]
     teacher: list[Tensor]
-    weights: Tensor | None
+    weights: Tensor | None = None
+    projection: Tensor | None = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return self.student if self.projection is None else [*self.student, self.projection]
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, cache_bytes: int) -> list[Inputs]:
     """Sets of random inputs to rotate through, so that no call finds its own in a cache of ``cache_bytes``."""
     generator = torch.Generator(device).manual_seed(7)
-    shape = (case.batch, case.seq, case.D)
 
-    def layers(count: int, common: Tensor) -> list[Tensor]:
-        noise = torch.empty(shape, device=device)
-        return [(common + noise.normal_(generator=generator)).to(dtype) for _ in range(count)]
-
-    def storage() -> tuple[list[Tensor], list[Tensor]]:
-        common = 0.3 * torch.randn(shape, generator=generator, device=device)  # layers resemble each other
-        return layers(case.m, common), layers(case.n, common)
-
-    read, written = case.bytes_moved(dtype, backward=True)
-    sets = max(2, math.ceil(3 * cache_bytes / (read + written)))
-    if case.rows == "cls":  # other positions of the same storage are other rows
-        student, teacher = storage()
+    def layers(count: int, width: int) -> list[Tensor]:  # (batch, seq, width), the layers resemble each other
+        common = 0.3 * torch.randn(case.batch, case.seq, width, generator=generator, device=device)
         return [
-            Inputs([h[:, k].requires_grad_() for h in student], [h[:, k] for h in teacher], None)
+            (common + torch.randn(common.shape, generator=generator, device=device)).to(dtype) for _ in range(count)
+        ]
+
+    teacher_dim = case.teacher_dim or case.D
+    sets = max(2, math.ceil(3 * cache_bytes / sum(case.bytes_moved(dtype, backward=True))))
+    if case.views:  # other positions of the same storage are other rows
+        student, teacher = layers(case.m, case.D), layers(case.n, teacher_dim)
+        return [
+            Inputs([h[:, k].requires_grad_() for h in student], [h[:, k] for h in teacher])
             for k in range(min(sets, case.seq))
         ]
-    weights = None
+    weights = projection = None
     if case.padding:
         weights = torch.arange(case.seq, device=device) < case.lengths().to(device)[:, None]  # (batch, seq)
+    if case.teacher_dim:
+        random = torch.randn(case.D, teacher_dim, generator=generator, device=device)
+        projection = (random / math.sqrt(teacher_dim)).to(dtype).requires_grad_()
     return [
-        Inputs([h.requires_grad_() for h in student], teacher, weights)
-        for student, teacher in (storage() for _ in range(sets))
+        Inputs([h.requires_grad_() for h in layers(case.m, case.D)], layers(case.n, teacher_dim), weights, projection)
+        for _ in range(sets)
     ]

@@ -12,7 +12,7 @@ import torch
 from . import measure, results, tables
 from .floor import measure_machine
 from .results import Row
-from .runner import Session
+from .runner import LEVELS, Session
 
 SESSION = pytest.StashKey[Session]()
 SUITES = ("loss", "cls", "pooling", "projection", "memory", "overhead", "step", "scaling")
@@ -21,8 +21,8 @@ SUITES = ("loss", "cls", "pooling", "projection", "memory", "overhead", "step", 
 def pytest_addoption(parser):
     group = parser.getgroup("alpkd_fast benchmarks")
     group.addoption("--quick", action="store_true", help="the main cases only, in about a minute")
-    group.addoption("--full", action="store_true", help="everything; what the results file holds already is not repeated")
-    group.addoption("--results", type=Path, default=results.RESULTS / "local.csv", help="the CSV that rows are added to")
+    group.addoption("--full", action="store_true", help="everything that the results file does not hold yet")
+    group.addoption("--results", type=Path, default=results.RESULTS / "local.csv", help="the CSV that grows")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--ours-only", action="store_true", help="time no rivals")
 
@@ -38,7 +38,7 @@ def level(config) -> str:
 
 
 def pytest_collection_modifyitems(config, items):
-    levels = ("quick", "default", "full")
+    levels = list(LEVELS)
     wanted = levels.index(level(config))
     kept, dropped = [], []
     for item in items:
@@ -68,7 +68,10 @@ def session(request):
         device=results.device_name(device),
         versions=results.versions(device),
     )
-    config.stash[SESSION] = Session(device, level(config), measure_machine(device), stamp, config.option.ours_only)
+    chosen = level(config)
+    config.stash[SESSION] = Session(
+        device, chosen, *LEVELS[chosen], measure_machine(device), stamp, config.option.ours_only
+    )
     return config.stash[SESSION]
 
 

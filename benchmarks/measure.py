@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import re
 import statistics
 import time
@@ -96,6 +97,13 @@ def median_iqr(values: Sequence[float]) -> tuple[float, float]:
         return values[0], 0.0
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return median, upper - lower
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Least-squares slope of log(y) over log(x)."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    mean_x, mean_y = (sum(axis) / len(logs) for axis in zip(*logs, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
 def tensor_bytes(result: object) -> int:

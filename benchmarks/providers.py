@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear, mse_loss, normalize, scaled_dot_product_attention
 
 import alpkd_fast
 
@@ -64,7 +64,7 @@ def einsum(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Te
 def attention(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
     """torch's own attention: a row is a batch element, student layers are queries, teacher layers keys and values."""
     s, t = torch.stack(student, 1), torch.stack(teacher, 1)
-    combined = F.scaled_dot_product_attention(s[:, None], t[:, None], t[:, None], scale=_scale(case)).squeeze(1)
+    combined = scaled_dot_product_attention(s[:, None], t[:, None], t[:, None], scale=_scale(case)).squeeze(1)
     return _mean(case, _squares(s - combined, weights), weights, len(t))
 
 
@@ -97,12 +97,12 @@ def gathered(case: Case, student: list[Tensor], teacher: list[Tensor], weights: 
 
 
 def public_a(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
-    """Form of implementation A: mse_loss per student layer, averaged; the teacher is stacked for each; padding counts."""
+    """Form of implementation A: mse_loss and a stacked teacher per student layer, averaged; padding counts."""
     losses = []
     for s in student:
         t = torch.stack(teacher, 1)
         a = torch.softmax((s[:, None] @ t.transpose(1, 2)) * _scale(case), -1)  # (rows, 1, n)
-        losses.append(F.mse_loss(s.float(), (a @ t).squeeze(1).float()))
+        losses.append(mse_loss(s.float(), (a @ t).squeeze(1).float()))
     return sum(losses) / case.m
 
 
@@ -112,16 +112,16 @@ def public_b(case: Case, student: list[Tensor], teacher: list[Tensor], weights: 
     total = t.new_zeros((), dtype=torch.float32)
     for s in student:
         a = torch.softmax((s[:, None] * t).sum(-1, keepdim=True), 1)  # (rows, n, 1)
-        total = total + F.mse_loss(s.float(), (a * t).sum(1).float())
+        total = total + mse_loss(s.float(), (a * t).sum(1).float())
     return total / case.m
 
 
 def public_pkd(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
     """Form of PKD: picked layers, both sides L2-normalised, one mse_loss over all."""
     picks = [layers[0] for layers in alpkd_fast.make_layer_map(case.layer_map, case.m, case.n)]
-    s = F.normalize(torch.stack(student, 1).float(), dim=-1)
-    t = F.normalize(torch.stack([teacher[j] for j in picks], 1).float(), dim=-1)
-    return F.mse_loss(s, t)
+    s = normalize(torch.stack(student, 1).float(), dim=-1)
+    t = normalize(torch.stack([teacher[j] for j in picks], 1).float(), dim=-1)
+    return mse_loss(s, t)
 
 
 def rival_forms(case: Case) -> dict[str, tuple[str, Loss]]:
@@ -131,7 +131,7 @@ def rival_forms(case: Case) -> dict[str, tuple[str, Loss]]:
     forms: dict[str, tuple[str, Loss]] = {
         form.__name__: ("eager", form) for form in (bmm, einsum, attention, broadcast, pairs)
     }
-    if case.padding:
+    if case.padding and case.pooling == "token":
         forms["gathered"] = ("eager", gathered)
     forms["public A"] = ("public", public_a)
     if case.scale == 1.0:
@@ -139,10 +139,25 @@ def rival_forms(case: Case) -> dict[str, tuple[str, Loss]]:
     return forms
 
 
+def _pool(case: Case, h: Tensor, weights: Tensor | None) -> Tensor:
+    """(batch, seq, D) or a view (batch, D) to the rows of the loss."""
+    if case.pooling == "cls":
+        return h[:, 0]
+    if case.pooling == "last":
+        return h[torch.arange(len(h), device=h.device), weights.sum(1) - 1]
+    if case.pooling == "mean":
+        share = weights / weights.sum(1, keepdim=True)  # (batch, seq)
+        return torch.bmm(share[:, None].to(h.dtype), h).squeeze(1)
+    return h.flatten(0, -2)
+
+
 def _call(case: Case, form: Loss, inputs: Inputs) -> Tensor:
-    take = (lambda h: h[:, 0]) if case.rows == "cls-dense" else (lambda h: h.flatten(0, -2))
-    weights = None if inputs.weights is None else inputs.weights.flatten()
-    return form(case, [take(h) for h in inputs.student], [take(h) for h in inputs.teacher], weights)
+    student = [_pool(case, h, inputs.weights) for h in inputs.student]
+    teacher = [_pool(case, h, inputs.weights) for h in inputs.teacher]
+    if inputs.projection is not None:
+        teacher = [linear(t, inputs.projection) for t in teacher]
+    by_row = case.pooling == "token" and inputs.weights is not None
+    return form(case, student, teacher, inputs.weights.flatten() if by_row else None)
 
 
 def rivals(case: Case) -> list[Provider]:
@@ -164,10 +179,11 @@ def ours(case: Case, device: torch.device) -> tuple[list[Provider], dict[str, st
             inputs.student,
             inputs.teacher,
             inputs.weights,
-            pooling="cls" if case.rows == "cls-dense" else "token",
+            pooling=case.pooling,
             layer_map=case.layer_map,
             scale=case.scale,
             normalize=case.normalize,
+            proj_weight=inputs.projection,
             backend=backend,
         )
 

@@ -41,7 +41,7 @@ class Row:
     gradient: str = "1"  # the incoming gradient
     # the provider
     provider: str = ""
-    kind: str = ""  # "ours", "eager", "public", "compiled", "part" (attention alone), "step"
+    kind: str = ""  # "ours", "eager", "public", "compiled", "part" (attention alone), "bare", "step"
     status: str = "ok"  # or why there is no figure
     error: float | None = None  # against the float64 reference
     tolerance: float | None = None
@@ -62,6 +62,7 @@ class Row:
     best_rival: str = ""
     x_best_rival: float | None = None  # the best rival's time over this one's (wall time for [CLS] rows)
     achieved: float | None = None  # bytes/s
+    added_s: float | None = None  # a step's time over that of the step without the loss, median of paired turns
     extra_bytes: int | None = None
     launches: int | None = None
     compile_s: float | None = None
@@ -138,7 +139,8 @@ def device_name(device: torch.device) -> str:
 
 
 def versions(device: torch.device) -> str:
-    found = [f"python {platform.python_version()}", f"torch {torch.__version__}", f"alpkd_fast {alpkd_fast.__version__}"]
+    found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    found += [f"alpkd_fast {alpkd_fast.__version__}"]
     if device.type == "cuda":
         import triton
 

@@ -22,30 +22,26 @@ OTHER_GRADIENT = 0.37
 FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever computes them
 
 
+LEVELS = {"quick": (0.6, 3), "default": (1.5, 5), "full": (3.0, 9)}  # seconds and least rounds of each provider
+
+
 @dataclass
 class Session:
     """One run of the benchmarks."""
 
     device: torch.device
-    level: str  # "quick", "default", "full"
+    level: str
+    seconds: float
+    rounds: int
     machine: Machine
     stamp: Row  # the fields of the run, to be completed
     ours_only: bool = False
     rows: list[Row] = field(default_factory=list)  # of this run
     times: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # by mode, gradient, provider
 
-    @property
-    def seconds(self) -> float:
-        """Time for each provider on each case."""
-        return {"quick": 0.6, "default": 1.5, "full": 3.0}[self.level]
-
-    @property
-    def rounds(self) -> int:
-        return {"quick": 3, "default": 5, "full": 9}[self.level]
-
     def row(self, case: Case, dtype: str, **values: object) -> Row:
         return replace(
-            self.stamp, case=case.name, m=case.m, n=case.n, D=case.D, rows=case.tokens, valid_rows=case.valid_rows,
+            self.stamp, case=case.name, m=case.m, n=case.n, D=case.D, rows=case.rows, valid_rows=case.valid_rows,
             padding=case.padding, dtype=dtype, threads=torch.get_num_threads(), **values,
         )  # fmt: skip
 
@@ -59,71 +55,68 @@ def run(provider: Provider, inputs: Sequence[Inputs], backward: bool, gradient: 
             with torch.no_grad():
                 return provider.loss(given)
         loss = provider.loss(given)
-        return loss.detach(), torch.autograd.grad(loss, given.student, gradient)
+        return loss.detach(), torch.autograd.grad(loss, given.leaves, gradient)
 
     return call
 
 
 @dataclass
 class Truth:
-    """Loss and student gradients in float64 by the reference backend, a few rows at a time."""
+    """Loss and gradients in float64 by the reference backend, a few sequences (or rows) at a time."""
 
     loss: float
     gradients: list[Tensor]
 
     @classmethod
     def of(cls, case: Case, inputs: Inputs) -> Truth:
-        take = (lambda h: h.detach()[:, 0]) if case.rows == "cls-dense" else (lambda h: h.detach().flatten(0, -2))
-        student, teacher = [take(h) for h in inputs.student], [take(h) for h in inputs.teacher]
-        weights = None if inputs.weights is None else inputs.weights.flatten()
-        step = max(1, (8 << 20) // ((case.n + case.m) * case.D))
+        weight = None if inputs.projection is None else inputs.projection.detach().double().requires_grad_()
+        step = max(1, (8 << 20) // ((case.n + case.m) * inputs.teacher[0][0].numel()))
         loss, parts = 0.0, []
-        for begin in range(0, case.tokens, step):
-            rows = slice(begin, begin + step)
-            s = [h[rows].double().requires_grad_() for h in student]
+        for begin in range(0, case.batch, step):
+            some = slice(begin, begin + step)
+            student = [h.detach()[some].double().requires_grad_() for h in inputs.student]
             part = alpkd_fast.alp_loss(
-                s, [h[rows].double() for h in teacher], None if weights is None else weights[rows],
-                layer_map=case.layer_map, scale=case.scale, normalize=case.normalize,
-                normalizer=float(case.valid_rows), backend="reference",
+                student, [h[some].double() for h in inputs.teacher],
+                None if inputs.weights is None else inputs.weights[some],
+                pooling=case.pooling, layer_map=case.layer_map, scale=case.scale, normalize=case.normalize,
+                proj_weight=weight, normalizer=float(case.valid_rows), backend="reference",
             )  # fmt: skip
-            parts.append(torch.autograd.grad(part, s))
+            parts.append(torch.autograd.grad(part, student if weight is None else [*student, weight]))
             loss += part.item()
-        return cls(loss, [torch.cat(layer) for layer in zip(*parts, strict=True)])
+        *layers, last = zip(*parts, strict=True)
+        if weight is None:
+            return cls(loss, [torch.cat(layer) for layer in (*layers, last)])
+        return cls(loss, [*(torch.cat(layer) for layer in layers), sum(last)])
 
-    def errors(self, case: Case, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[float, float]:
-        """Relative errors of the loss, and of the worst student layer's gradient in the Frobenius norm."""
-        worst = 0.0
-        for got, true in zip(gradients, self.gradients, strict=True):
-            if case.rows == "cls-dense":
-                if got[:, 1:].any():
-                    return math.inf, math.inf
-                got = got[:, 0]
-            worst = max(worst, float((got.reshape(true.shape).double() - true).norm() / true.norm()))
+    def errors(self, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[float, float]:
+        """Relative errors of the loss, and of the worst gradient tensor in the Frobenius norm."""
+        worst = max(float((g - true).norm() / true.norm()) for g, true in zip(gradients, self.gradients, strict=True))
         return abs(loss.item() - self.loss) / abs(self.loss), worst if worst == worst else math.inf
 
 
-def rounding(D: int, dtype: torch.dtype) -> float:
-    """What one rounding to the dtype and a sum of D terms in fp32 may add to a relative error."""
-    return torch.finfo(dtype).eps + math.sqrt(D) * torch.finfo(torch.float32).eps
+def sum_error(case: Case, dtype: torch.dtype) -> float:
+    """Relative error that rounding in sums of D terms explains, magnified by the scale inside the softmax."""
+    scale = 1 / math.sqrt(case.D) if case.scale is None else case.scale
+    return (1 + scale * math.sqrt(case.D)) * math.sqrt(case.D) * torch.finfo(dtype).eps
 
 
 class Checker:
     """Says whether a provider is right on the benchmark's own input.
 
-    Allowed is twice the error of the first rival, which is the definition written plainly in that dtype, and a
-    rounding. That form itself may be wrong by what the rounding of sums of D terms in the dtype explains, magnified
-    by the scale inside the softmax.
+    Allowed is twice the error of the first rival, which is the definition written plainly in that dtype, plus one
+    rounding to the dtype and the rounding of sums in fp32. That form itself may be wrong by the rounding of sums in
+    the dtype.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, inputs: Inputs):
         self.case, self.inputs = case, inputs
-        self.gradient = torch.tensor(FP16_LOSS_SCALE if dtype == torch.float16 else 1.0, device=inputs.student[0].device)
+        scale = FP16_LOSS_SCALE if dtype == torch.float16 else 1.0
+        self.gradient = torch.tensor(scale, device=inputs.student[0].device)
         self.truth = Truth.of(case, inputs)
         plain = providers.rivals(case)[0]
-        scale = 1 / math.sqrt(case.D) if case.scale is None else case.scale
-        self.allowed = ((1 + scale * math.sqrt(case.D)) * math.sqrt(case.D) * torch.finfo(dtype).eps,) * 2
-        floor = rounding(case.D, dtype)
-        error, _, reason = self(plain)
+        self.allowed = (sum_error(case, dtype),) * 2
+        floor = torch.finfo(dtype).eps + sum_error(case, torch.float32)
+        *_, reason = self(plain)
         if reason is not None:
             raise AssertionError(f"{case.name}: the plain form {plain.name} is {reason}")
         self.allowed = tuple(2 * e + floor for e in self.last)  # type: ignore[assignment]
@@ -132,7 +125,7 @@ class Checker:
         """Return the gradient's error, what was allowed, and None or what is wrong."""
         loss, gradients = run(provider, [self.inputs], True, self.gradient)(0)  # type: ignore[misc]
         factor = float(self.gradient)
-        self.last = self.truth.errors(self.case, loss, [g.double() / factor for g in gradients])
+        self.last = self.truth.errors(loss, [g.double() / factor for g in gradients])
         for what, error, allowed in zip(("loss", "gradient"), self.last, self.allowed, strict=True):
             if not error <= allowed:
                 return self.last[1], self.allowed[1], f"wrong: {what} off by {error:.2g}, allowed {allowed:.2g}"
@@ -198,7 +191,9 @@ def forms_to_compile(
 ) -> list[tuple[str, str | None]]:
     """All forms in a full run; else the fastest in eager mode and bmm, which compiled well where all were tried."""
     forms = [c.provider for c in right if c.provider.kind in ("eager", "public")]
-    modes = [None, "max-autotune-no-cudagraphs"] if session.device.type == "cuda" and session.level == "full" else [None]
+    modes: list[str | None] = [None]
+    if session.level == "full" and session.device.type == "cuda":
+        modes.append("max-autotune-no-cudagraphs")  # graphs would copy the rotated inputs; [CLS] has its own
     if session.level != "full":
         if session.level == "quick" or mode == "forward":
             return []
@@ -222,7 +217,7 @@ def run_case(session: Session, case: Case, dtype: str, mode: str) -> list[Row]:
         best = timed[0].best_rival if timed else ""
         again = [c for c in right if c.provider.kind == "ours" or c.provider.name == best]
         rows += time_all(session, case, dtype, mode, str(OTHER_GRADIENT), again, inputs)
-    if case.rows == "cls" and session.device.type == "cuda":
+    if case.views and session.device.type == "cuda":
         rows += time_all(session, case, dtype, f"{mode} (CUDA graph)", one, right, inputs)
     session.rows += rows
     return rows
@@ -259,12 +254,12 @@ def time_all(
             extra_bytes=measure.extra_bytes(call, session.device),
             launches=measure.kernel_launches(call, session.device),
         ))  # fmt: skip
-    compare(rows, by_wall=case.rows != "token")
+    compare(rows, by_wall=case.views)
     return rows
 
 
 def compare(rows: list[Row], by_wall: bool) -> None:
-    """Fill in the best rival and every row's speed-up over it. Few rows are bound by launches: their wall time counts."""
+    """Fill in the best rival and every row's speed-up over it; [CLS] rows are bound by launches: by wall time."""
 
     def seconds(row: Row) -> float:
         return (row.wall_s if by_wall else row.median_s) or math.inf

@@ -30,7 +30,7 @@ def number(value: float | None, digits: int = 2) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     case = row.case + (f" ({row.padding:.0%} padding)" if row.padding else "")
     head = (case, row.dtype, row.mode, row.gradient, row.provider)
-    if row.median_s is None:
+    if row.status != "ok":
         return (*head, row.status, *[""] * (len(HEADER) - len(head) - 1))
     achieved = "" if row.achieved is None else f"{row.achieved / 1e9:.1f}"
     return (*head, seconds(row.median_s), seconds(row.iqr_s), number(row.x_floor), number(row.x_best_rival, 1),
@@ -40,7 +40,9 @@ def cells(row: Row) -> tuple[str, ...]:
 def text(rows: Iterable[Row]) -> str:
     table = [HEADER, *map(cells, rows)]
     widths = [max(len(line[k]) if len(line[k]) < 60 else 0 for line in table) for k in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+    )
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

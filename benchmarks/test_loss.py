@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from .cases import CLS, LOSS
+from .cases import CLS, LOSS, POOLING, PROJECTION
 from .runner import run_case
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -28,7 +28,7 @@ def least_level(case: str, dtype: str, mode: str) -> str:
 
 def parameters(cases):
     return [
-        pytest.param(case, dtype, mode, id=f"{case}-{dtype}-{mode}", marks=pytest.mark.level(least_level(case, dtype, mode)))
+        pytest.param(case, dtype, mode, marks=pytest.mark.level(least_level(case, dtype, mode)))
         for case in cases for dtype in ("fp32", "bf16", "fp16") for mode in (BOTH, FORWARD)
     ]  # fmt: skip
 
@@ -66,3 +66,19 @@ def test_padding(case, dtype, padding, record, report, done):
 def test_cls(case, dtype, mode, record, report, done):
     done(suite="cls", case=case, dtype=dtype, mode=mode)
     hand_over(run_case(record, CLS[case], dtype, mode), record, report)
+
+
+@pytest.mark.pooling
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.level("full"))])
+@pytest.mark.parametrize("case", POOLING)
+def test_pooling(case, dtype, record, report, done):
+    done(suite="pooling", case=case, dtype=dtype)
+    hand_over(run_case(record, POOLING[case], dtype, BOTH), record, report)
+
+
+@pytest.mark.projection
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.level("full"))])
+@pytest.mark.parametrize("case", PROJECTION)
+def test_projection(case, dtype, record, report, done):
+    done(suite="projection", case=case, dtype=dtype)
+    hand_over(run_case(record, PROJECTION[case], dtype, BOTH), record, report)

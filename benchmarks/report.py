@@ -1,0 +1,237 @@
+"""Draw the results and write docs/benchmarks.md: ``python -m benchmarks.report [FILES]``.
+
+Every figure comes from a row of the CSV files. README.md takes the claims over where it has the two markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import measure, pictures, results, tables
+from .results import Row
+from .tables import markdown, number, seconds, size
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+BOTH = "forward+backward"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A line that was set before anything was measured."""
+
+    gpu: bool
+    case: str
+    dtype: str
+    floor: float | None  # CPU: at most so many times the floor; GPU: at least this share of the copy floor
+    rival: float | None  # at least so many times faster than the best rival
+
+
+TARGETS = [
+    *(Target(False, f"bert-base-{m}", "fp32", 1.4, 10) for m in (2, 4, 6)),
+    *(Target(False, f"bert-base-{m}", "bf16", 2.0, 5) for m in (2, 4, 6)),
+    Target(False, "bert-large-12", "fp32", 2.0, 10),
+    Target(False, "cls-6", "fp32", None, 8),
+    Target(True, "bert-base-6", "bf16", 0.75, 8),
+    *(Target(True, f"bert-base-{m}", dtype, 0.8, 8) for m in (2, 4) for dtype in ("bf16", "fp32")),
+    Target(True, "bert-large-12", "bf16", 0.6, 8),
+    Target(True, "decoder-16", "bf16", 0.5, 5),
+    Target(True, "cls-6", "fp32", None, 10),
+]
+TARGET_HEADER = ("case", "rows", "n", "m", "D", "dtype", "version", "time", "against the floor", "line", "× best rival",
+                 "line", "best rival", "gradient ≠ 1: × floor / × rival")  # fmt: skip
+
+
+def is_gpu(row: Row) -> bool:
+    return "CUDA" in row.versions
+
+
+def share_of_copy_floor(row: Row) -> float:
+    return (row.bytes_read + row.bytes_written) / row.copy_bandwidth / row.median_s
+
+
+def ours(rows: Sequence[Row], **fields: object) -> list[Row]:
+    return [row for row in rows if row.kind == "ours" and row.median_s is not None and matches(row, **fields)]
+
+
+def matches(row: Row, **fields: object) -> bool:
+    return all(getattr(row, name) == value for name, value in fields.items())
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "missed"
+
+
+def claims(rows: Sequence[Row]) -> str:
+    """The table of the lines that were set, with what was measured, reached or not."""
+    lines = []
+    for target in TARGETS:
+        for row in ours(rows, case=target.case, dtype=target.dtype, mode=BOTH, gradient="1", padding=0.0):
+            if is_gpu(row) != target.gpu or row.suite not in ("loss", "cls"):
+                continue
+            floor = line = rival = other = ""
+            if target.floor is not None and target.gpu:
+                share = share_of_copy_floor(row)
+                floor = f"{share:.0%} of the copy floor"
+                line = f"≥ {target.floor:.0%}: {verdict(share >= target.floor)}"
+            elif target.floor is not None:
+                floor, line = f"{number(row.x_floor)} ×", f"≤ {target.floor}: {verdict(row.x_floor <= target.floor)}"
+            if row.x_best_rival is not None:
+                rival = f"≥ {target.rival}: {verdict(row.x_best_rival >= target.rival)}"
+            for again in ours(rows, case=row.case, dtype=row.dtype, mode=BOTH, provider=row.provider, padding=0.0):
+                if again.gradient not in ("1", "65536"):
+                    other = f"{number(again.x_floor)} / {number(again.x_best_rival, 1)}"
+            lines.append((row.case, str(row.rows), str(row.n), str(row.m), str(row.D), row.dtype, row.provider,
+                          seconds(row.median_s), floor, line, number(row.x_best_rival, 1), rival, row.best_rival,
+                          other))  # fmt: skip
+    return markdown(TARGET_HEADER, lines) if lines else ""
+
+
+def small_claims(rows: Sequence[Row]) -> list[str]:
+    """Overhead, memory, the dense gradient of [CLS] views, and what a training step pays: one sentence each."""
+    said = []
+    for row in ours(rows, suite="overhead"):
+        said.append(
+            f"A call without work to do (forward + backward) costs {seconds(row.median_s)}, "
+            f"{number(1 / row.x_best_rival)} times a bare autograd.Function with the same arguments (line: 2.5)."
+        )
+    for row in rows:
+        if row.suite == "memory" and row.extra_bytes is not None:
+            said.append(f"{row.case} in {row.dtype} ({row.provider}) takes {size(row.extra_bytes)} beyond inputs and "
+                        f"gradients with {row.threads} threads.")  # fmt: skip
+    for view in ours(rows, case="cls-6", dtype="fp32", mode=BOTH, gradient="1"):
+        for dense in ours(rows, case="cls-6-dense", dtype="fp32", mode=BOTH, gradient="1", provider=view.provider):
+            said.append(f"[CLS] rows given as views take {seconds(view.wall_s)} ({view.provider}); down to the hidden "
+                        f"states, with their dense zero gradient, {seconds(dense.wall_s)}, "
+                        f"{number(dense.x_best_rival, 1)} times less than the best rival.")  # fmt: skip
+    return said
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row.suite == "step" and row.added_s is not None:
+            base = row.median_s - row.added_s
+            added = (f"{row.added_s * 1e3:+.1f} ms", f"{row.added_s / base:+.1%}") if row.added_s else ("", "")
+            lines.append((row.case, str(row.rows), row.dtype, row.provider, seconds(row.median_s), *added,
+                          size(row.extra_bytes)))  # fmt: skip
+    return markdown(("case", "rows", "dtype", "step", "time", "added", "added, share", "peak memory"), lines)
+
+
+def scaling_table(rows: Sequence[Row]) -> str:
+    lines = []
+    axes = {"tokens": "rows", "n": "n", "m": "m", "D": "D", "padding": "padding", "threads": "threads"}
+    for axis, field in axes.items():
+        points: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.case == f"scaling-{axis}":
+                points.setdefault(row.provider, []).append(row)
+        for provider, timed in points.items():
+            timed.sort(key=lambda row: getattr(row, field))
+            values = ", ".join(f"{getattr(row, field):g}: {seconds(row.median_s)}" for row in timed)
+            fitted = ""
+            if axis not in ("padding", "threads") and len(timed) >= 3:
+                fitted = number(measure.slope([(getattr(row, field), row.median_s) for row in timed[-3:]]))
+            lines.append((axis, provider, values, fitted))
+    return markdown(("axis", "version", "time at", "slope of the last three, log-log"), lines)
+
+
+def section(device: str, rows: list[Row], pictures_folder: Path) -> str:
+    """Everything about one device."""
+    full = [row for row in rows if row.threads == max(r.threads for r in rows)]
+    first, last = (pick(row.run for row in rows) for pick in (min, max))
+    parts = [
+        f"## {device}",
+        f"Measured {first[:10]}{'' if first[:10] == last[:10] else ' to ' + last[:10]} with "
+        f"{max(row.threads for row in rows)} threads; {' / '.join(sorted({row.versions for row in rows}))}; commit "
+        f"{', '.join(sorted({row.commit for row in rows}))}. Commands:",
+        "```\n" + "\n".join(sorted({row.command for row in rows})) + "\n```",
+        "### Against the lines that were set",
+        claims(full) or "No row for these yet.",
+        "\n".join(f"- {sentence}" for sentence in small_claims(full)),
+    ]
+    drawn = pictures.draw_all(full, pictures_folder, slug(device))
+    titles = {
+        "floor": "Times the floor", "speedup": "Speed-up over the best rival", "roofline": "Roofline",
+        "tokens": "Time and memory against tokens", "step": "What the loss adds to a training step",
+    }  # fmt: skip
+    for name, title in titles.items():
+        if name in drawn:
+            parts += [f"### {title}", picture(f"{slug(device)}-{name}", title, pictures_folder)]
+        if name == "tokens" and any(row.suite == "scaling" for row in rows):
+            parts.append(scaling_table(rows))
+        if name == "step" and any(row.suite == "step" for row in rows):
+            parts.append(step_table(full))
+    timed = [row for row in full if row.suite in ("loss", "cls", "pooling", "projection")]
+    parts += ["### All rows", markdown(tables.HEADER, map(tables.cells, timed))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def picture(name: str, title: str, folder: Path) -> str:
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder.name}/{name}-dark.png">'
+        f'<img alt="{title}" src="{folder.name}/{name}-light.png" width="{pictures.WIDTH_PX}"></picture>'
+    )
+
+
+def document(rows: list[Row], files: Sequence[Path], folder: Path) -> str:
+    given = " ".join(f"benchmarks/results/{path.name}" for path in files)
+    devices = sorted({row.device for row in rows})
+    missing = "" if any(map(is_gpu, rows)) else "GPU figures: not measured yet.\n\n"
+    sections = "\n\n".join(section(d, [row for row in rows if row.device == d], folder) for d in devices)
+    return f"""# Benchmarks
+
+Made by `python -m benchmarks.report {given}`. Every figure is a row of these files; `pytest benchmarks/` adds rows.
+
+{missing}- *floor*: the larger of two times. Memory: every valid input row read once and every gradient element written
+  once, at the best bandwidth of plain streams with that mix of reads and writes, measured in the same run.
+  Arithmetic: the operations of the formulas at the rate of a large matrix product in the dtype or in fp32,
+  whichever is faster, measured in the same run.
+- *best rival*: the fastest right one of the eager forms, the public implementations' forms, and these under
+  torch.compile. A default run compiles the best eager form and bmm; a full run compiles every form.
+- Every version is checked against float64 on the benchmark's own input first. One that is wrong is not timed.
+- Versions take turns in one process. Inputs rotate, so that none is found in the last-level cache. Times are medians;
+  warm-up and compile time are not in them.
+- On a CPU the C library is told to keep freed memory, as allocators made for training do. With glibc's defaults the
+  page faults of every new tensor come on top, for ours and for the rivals.
+- *gradient*: the incoming gradient. 1 costs the fused backward on a CPU no pass; any other value costs one.
+- *extra*: peak memory of a call beyond its inputs and the tensors that it returns.
+
+{sections}
+"""
+
+
+def with_claims(text: str, block: str) -> str:
+    """Replace what stands between the markers."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(results.RESULTS.glob("*.csv")))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    rows = results.latest(results.read(options.files))
+    if not rows:
+        raise SystemExit("there are no results yet; run pytest benchmarks/ first")
+    folder = options.out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    (options.out / "benchmarks.md").write_text(document(rows, options.files, folder))
+    readme = ROOT / "README.md"
+    if BEGIN in readme.read_text():
+        readme.write_text(with_claims(readme.read_text(), claims(rows)))
+    print(f"{options.out / 'benchmarks.md'} and its pictures are written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What the loss adds: to a whole training step, and to a chain of cheap layers in the [CLS] case."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
+
+from alpkd_fast import alp_loss
+
+from . import measure
+from .cases import Case
+from .providers import einsum
+from .runner import Session
+
+capture = pytest.importorskip("alpkd_fast.capture", reason="alpkd_fast.capture is not there yet")
+
+TEACHER_LAYERS, WIDTH, SEQ = 12, 768, 128
+
+
+def add_rows(session: Session, case: Case, dtype: str, runs: dict[str, measure.Run], rounds: int) -> dict[str, float]:
+    """Time the runs in turns; the first is the one that the others add the loss to. Returns what each adds."""
+    times = measure.take_turns(runs, session.device, 0.0, rounds)
+    base = next(iter(runs))
+    added = {}
+    for name, run in runs.items():
+        median, iqr = measure.median_iqr(times[name][0])
+        added[name] = statistics.median(t - b for t, b in zip(times[name][0], times[base][0], strict=True))
+        session.rows.append(session.row(
+            case, dtype, mode="forward+backward", provider=name, kind="step", rounds=len(times[name][0]),
+            median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(times[name][1])[0], added_s=added[name],
+            extra_bytes=measure.extra_bytes(run, session.device),
+        ))  # fmt: skip
+    return added
+
+
+def bert(layers: int, device: torch.device) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="the training step needs transformers")
+    torch.manual_seed(layers)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=layers)).to(device)
+
+
+def training_steps(case: Case, device: torch.device) -> dict[str, measure.Run]:
+    """One optimizer step on random tokens: KD alone, with the loss in eager PyTorch, with ours on captured states."""
+    teacher, student = bert(case.n, device).eval().requires_grad_(False), bert(case.m, device).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
+    tokens = torch.randint(1000, 30000, (case.batch, case.seq), device=device)
+    labels = torch.randint(0, 2, (case.batch,), device=device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def models(**options):
+        with torch.no_grad():
+            target = teacher(**inputs, **options)
+        return student(**inputs, **options), target
+
+    def step(loss_of):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+
+    def kd(output, target):
+        soft = kl_div(output.logits.log_softmax(-1), target.logits.softmax(-1), reduction="batchmean")
+        return cross_entropy(output.logits, labels) + soft
+
+    def eager():
+        output, target = models(output_hidden_states=True)
+        take = (lambda h: h[:, 0]) if case.pooling == "cls" else (lambda h: h.flatten(0, -2))
+        rows = ([take(h) for h in given.hidden_states[1:]] for given in (output, target))
+        return kd(output, target) + einsum(case, *rows, None)
+
+    def fused():
+        with (
+            capture.HiddenStates(teacher, pooling=case.pooling) as teacher_states,
+            capture.HiddenStates(student, pooling=case.pooling) as student_states,
+        ):
+            output, target = models()
+            return kd(output, target) + alp_loss(
+                student_states.take(), teacher_states.take(), student_states.row_weights
+            )
+
+    return {
+        "KD": lambda _: step(lambda: kd(*models())),
+        "KD + eager ALP": lambda _: step(eager),
+        "KD + fused ALP": lambda _: step(fused),
+    }
+
+
+@pytest.mark.step
+@pytest.mark.parametrize("pooling", ["token", "cls"])
+@pytest.mark.parametrize(
+    "m", [pytest.param(6, marks=pytest.mark.level("full")), pytest.param(4, marks=pytest.mark.level("full")), 2]
+)
+def test_step(m, pooling, record, done):
+    done(suite="step", case=f"step-{m}-{pooling}")
+    # On two cores a step of 32 sequences takes most of ten seconds; a default run there takes 8.
+    batch = 8 if record.device.type == "cpu" and record.level != "full" else 32
+    case = Case(f"step-{m}-{pooling}", n=TEACHER_LAYERS, m=m, D=WIDTH, batch=batch, seq=SEQ, pooling=pooling)
+    dtype = "fp32" if record.device.type == "cpu" else "bf16"
+    add_rows(record, case, dtype, training_steps(case, record.device), 5)
+
+
+@pytest.mark.step
+def test_cls_in_a_chain(record, done):
+    """What the loss on [CLS] rows adds to the forward and backward of a chain of layers, by how it gets the rows."""
+    done(suite="step", case="chain-6-cls")
+    case = Case("chain-6-cls", n=TEACHER_LAYERS, m=6, D=WIDTH, batch=32, seq=SEQ, pooling="cls")
+    chain = nn.Sequential(*(nn.LayerNorm(WIDTH) for _ in range(case.m))).to(record.device)
+    shape = (case.batch, case.seq, WIDTH)
+    x, above = torch.randn(shape, device=record.device), torch.randn(shape, device=record.device)
+    teacher = [torch.randn(shape, device=record.device) for _ in range(case.n)]
+    parameters = list(chain.parameters())
+
+    def states():
+        h, found = x, []
+        for layer in chain:
+            h = layer(h)
+            found.append(h)
+        return found
+
+    def backward(last, loss=None):
+        if loss is None:
+            return torch.autograd.grad(last, parameters, above)
+        return torch.autograd.grad((last, loss), parameters, (above, None))
+
+    def without(_):
+        return backward(states()[-1])
+
+    def eager(_):
+        found = states()
+        return backward(found[-1], einsum(case, [h[:, 0] for h in found], [t[:, 0] for t in teacher], None))
+
+    def fused(_):
+        found = states()
+        return backward(found[-1], alp_loss(found, teacher, pooling="cls"))
+
+    names = [name for name, _ in chain.named_children()]
+
+    def captured(_):
+        with capture.HiddenStates(chain, layers=names, pooling="cls") as taken:
+            last = chain(x)
+            return backward(last, alp_loss(taken.take(), [t[:, 0] for t in teacher]))
+
+    runs = {"chain": without, "chain + eager ALP": eager, "chain + fused ALP": fused, "chain + captured ALP": captured}
+    add_rows(record, case, "fp32", runs, 40 if record.level == "full" else 20)

@@ -1,0 +1,222 @@
+"""The benchmarks measure what they say: rivals are right, wrong ones are refused, floors and reports add up."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import alpkd_fast
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+pytest.importorskip("benchmarks", reason="the benchmarks are not part of an installed package")
+
+from benchmarks import cases, measure, providers, results, runner  # noqa: E402
+from benchmarks.floor import Machine, Stream  # noqa: E402
+from benchmarks.results import Row  # noqa: E402
+
+CPU = torch.device("cpu")
+ALL = {**cases.LOSS, **cases.CLS, **cases.POOLING, **cases.PROJECTION}
+BOTH = "forward+backward"
+
+
+def small(name: str, **changes) -> cases.Case:
+    case = ALL[name]
+    return replace(case, **{"batch": 3, "seq": 12, "D": 40, "teacher_dim": case.teacher_dim and 24, **changes})
+
+
+def session() -> runner.Session:
+    streams = [Stream("copy", 1, 1, 1e-10), Stream("sum", 1, 0, 4e-11)]
+    machine = Machine(streams, CPU, dict.fromkeys(cases.DTYPES.values(), 1e11))
+    return runner.Session(CPU, "quick", 0.0, 2, machine, Row(run="2000-01-01T00:00:00+00:00", device="a machine"))
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.5])
+@pytest.mark.parametrize("name", ALL)
+def test_rivals_compute_the_loss(name, padding):
+    """In float64 every form equals the reference; form A counts the padding, so it does only where there is none."""
+    by_token = ALL[name].pooling == "token" and not ALL[name].views
+    case = small(name, padding=padding if by_token else ALL[name].padding)
+    given = cases.make_inputs(case, torch.float64, CPU, 0)[0]
+    truth = runner.Truth.of(case, given)
+    for rival in providers.rivals(case):
+        errors = truth.errors(*runner.run(rival, [given], True, None)(0))
+        counts_padding = rival.name == "public A" and by_token and case.padding > 0
+        assert (max(errors) < 1e-5) != counts_padding, (rival.name, errors)  # the forms sum their squares in fp32
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_wrong_provider_is_not_timed(dtype, monkeypatch):
+    """A form with a wrong scale is refused in every dtype, gets no time, and its row says why."""
+
+    def pairs(case, *given):
+        return providers.bmm(replace(case, scale=0.9 / math.sqrt(case.D)), *given)
+
+    monkeypatch.setattr(providers, "pairs", pairs)
+    rows = runner.run_case(session(), small("bert-base-2", D=256), dtype, BOTH)
+    (wrong,) = [row for row in rows if row.provider == "pairs"]
+    assert wrong.status.startswith("wrong")
+    assert wrong.median_s is None
+    timed = [row for row in rows if row.provider in ("bmm", "einsum", "public A")]
+    assert timed
+    assert all(row.status == "ok" and row.median_s > 0 for row in timed)
+
+
+def test_a_dropped_gradient_term_is_noticed():
+    """Detaching the attention keeps the loss and changes the gradient: the check looks at both."""
+    case = small("bert-base-6", scale=0.5)
+    given = cases.make_inputs(case, torch.float32, CPU, 0)[0]
+
+    def detached(inputs):
+        return alpkd_fast.alp_loss(
+            inputs.student, inputs.teacher, scale=0.5, detach_attention=True, backend="reference"
+        )
+
+    *_, reason = runner.Checker(case, torch.float32, given)(providers.Provider("detached", "ours", detached))
+    assert reason is not None
+    assert "gradient" in reason
+
+
+def test_rows_hold_their_own_arithmetic():
+    """× floor, × best rival and the floor's bytes and operations follow from the other columns of the row."""
+    rows = [row for row in runner.run_case(session(), small("bert-base-4"), "fp32", BOTH) if row.median_s]
+    one = [row for row in rows if row.gradient == "1"]
+    fastest = min((row for row in one if row.kind != "ours"), key=lambda row: row.median_s)
+    for row in one:
+        assert row.x_floor == pytest.approx(row.median_s / row.floor_s)
+        assert row.best_rival == fastest.provider
+        assert row.x_best_rival == pytest.approx(fastest.median_s / row.median_s)
+        assert row.bytes_read == (12 + 4) * 36 * 40 * 4
+        assert row.bytes_written == 4 * 36 * 40 * 4
+        assert row.operations == 8 * 12 * 4 * 36 * 40
+    assert {row.gradient for row in rows if row.kind == "ours"} == {"1", str(runner.OTHER_GRADIENT)}
+
+
+def test_floor_mixes_streams():
+    """3 read : 1 written is a copy and two sums; a mix that one stream has alone costs that stream."""
+    machine = Machine([Stream("copy", 1, 1, 3.0), Stream("sum", 1, 0, 1.0), Stream("fill", 0, 1, 9.0)], CPU)
+    assert machine.stream_seconds(3, 1) == pytest.approx(3.0 + 2 * 1.0)
+    assert machine.stream_seconds(5, 0) == pytest.approx(5.0)
+    assert machine.stream_seconds(0, 2) == pytest.approx(18.0)
+    assert Machine([Stream("add", 2, 1, 1.0)], CPU).stream_seconds(4, 2) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("padding", [0.3, 0.6])
+def test_padding_is_what_it_says(padding):
+    case = replace(cases.LOSS["bert-base-6"], padding=padding)
+    assert case.valid_rows / case.rows == pytest.approx(1 - padding, abs=0.02)
+    assert len(set(case.lengths().tolist())) > 1
+    assert cases.make_inputs(replace(case, D=8), torch.float32, CPU, 0)[0].weights.sum() == case.valid_rows
+
+
+def test_inputs_rotate_beyond_the_cache():
+    case = small("cls-6")
+    given = cases.make_inputs(case, torch.float32, CPU, 60_000)
+    assert len(given) * sum(case.bytes_moved(torch.float32, True)) >= 60_000
+    assert len({inputs.student[0].data_ptr() for inputs in given}) == len(given)
+    assert not any((h == 0).any() for inputs in given for h in inputs.student + inputs.teacher)
+
+
+def test_runs_take_turns():
+    seen: list[str] = []
+    runs = {name: lambda k, name=name: seen.append(f"{name}{k}") for name in "ab"}
+    times = measure.take_turns(runs, CPU, 0.0, 40)
+    assert {name: len(wall) for name, (_, wall) in times.items()} == {"a": 40, "b": 40}
+    assert seen.index("b1") < seen.index("a21")  # not one after the other
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_extra_memory_sees_a_temporary_and_not_the_result():
+    size, slack = 32 << 20, 2 << 20
+    assert measure.extra_bytes(lambda _: torch.ones(size, dtype=torch.uint8), CPU) < slack
+    with_temporary = measure.extra_bytes(lambda _: torch.ones(size, dtype=torch.uint8).amax(), CPU)
+    assert size - slack < with_temporary < size + slack
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    rows = [Row(run="1", case="a", m=2, error=1e-7, status="wrong, by 3"), Row(run="2", case="a", m=2, median_s=0.5)]
+    results.append(tmp_path / "r.csv", rows[:1])
+    results.append(tmp_path / "r.csv", rows[1:])
+    assert results.read([tmp_path / "r.csv"]) == rows
+    assert results.latest(rows) == rows[1:]
+    (tmp_path / "old.csv").write_text("case\na\n")
+    with pytest.raises(ValueError, match="columns"):
+        results.read([tmp_path / "old.csv"])
+
+
+def test_slope_of_a_power_is_its_exponent():
+    assert measure.slope([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
+
+
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+
+
+def result_files() -> list[Path]:
+    """The files that the document says it was made from."""
+    return [ROOT / name for name in re.findall(r"benchmarks/results/[\w.-]+\.csv", DOCUMENT.read_text())]
+
+
+def claims(path: Path) -> list[list[str]]:
+    """The table of claims in a document, a list of cells per line."""
+    table: list[list[str]] = []
+    for line in path.read_text().splitlines():
+        if "| against the floor |" in line:
+            table.append([])
+        elif table and line.startswith("| ") and not line.startswith("| ---"):
+            table.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif table and not line.startswith("|"):
+            break
+    return table[1:]
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
+@pytest.mark.parametrize("document", ["docs/benchmarks.md", "README.md"])
+def test_claims_equal_the_rows(document):
+    """Every figure of the claims is that of a row, "reached" stands only where it is; read without our own reader."""
+    rows = []
+    for path in result_files():
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["suite"] in ("loss", "cls") and row["median_s"]]
+    table = claims(ROOT / document)
+    assert table or document == "README.md"
+    for case, _, n, m, width, dtype, version, time, floor, line, rival, rival_line, best, other in table:
+        wanted = {"case": case, "n": n, "m": m, "D": width, "dtype": dtype, "provider": version, "mode": BOTH,
+                  "padding": "0"}  # fmt: skip
+        found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+        one = max((row for row in found if row["gradient"] == "1"), key=lambda row: row["run"])
+        value, unit = time.split()
+        assert float(value) == pytest.approx(float(one["median_s"]) * {"s": 1, "ms": 1e3, "µs": 1e6}[unit], rel=6e-3)
+        if floor.endswith("×"):
+            assert floor == f"{float(one['x_floor']):.2f} ×"
+            assert line.endswith("reached") == (float(one["x_floor"]) <= float(re.findall(r"[\d.]+", line)[0]))
+        elif floor:
+            share = (int(one["bytes_read"]) + int(one["bytes_written"])) / float(one["copy_bandwidth"])
+            share /= float(one["median_s"])
+            assert floor.startswith(f"{share:.0%}")
+            assert line.endswith("reached") == (100 * share >= float(re.findall(r"[\d.]+", line)[0]))
+        assert rival == f"{float(one['x_best_rival']):.1f}"
+        limit = float(re.findall(r"[\d.]+", rival_line)[0])
+        assert rival_line.endswith("reached") == (float(one["x_best_rival"]) >= limit)
+        assert best == one["best_rival"]
+        if other:
+            again = max((row for row in found if row["gradient"] not in ("1", "65536")), key=lambda row: row["run"])
+            assert other == f"{float(again['x_floor']):.2f} / {float(again['x_best_rival']):.1f}"
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
+def test_the_document_is_what_the_report_writes():
+    from benchmarks import report
+
+    text = DOCUMENT.read_text()
+    rows = results.latest(results.read(result_files()))
+    for device in {row.device for row in rows}:
+        assert report.claims([row for row in rows if row.device == device]) in text
+    for picture in re.findall(r'src(?:set)?="([^"]+)"', text):
+        assert (DOCUMENT.parent / picture).exists(), picture
