@@ -55,10 +55,11 @@ def wall_seconds(run: Run, call: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def gpu_seconds(run: Run, call: int) -> float:
-    """Time of one call on the GPU between two events. The GPU first sleeps, so that launches do not make it wait."""
+def gpu_seconds(run: Run, call: int, head_start: float = 1e-3) -> float:
+    """Time of one call on the GPU between two events. The GPU first sleeps for ``head_start`` seconds or a little less,
+    so that the launches are queued before it begins and their cost is not in the time."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(4_000_000)  # cycles, about 2 ms: longer than the launches of any call here take
+    torch.cuda._sleep(int(head_start * 1.5e9))  # in cycles
     start.record()
     run(call)
     end.record()
@@ -71,24 +72,30 @@ def take_turns(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
 
-    A run leaves the turns once it has used ``seconds`` of time and done ``rounds`` rounds. Fast runs make several
-    calls a turn. The first call of each run is a warm-up and not counted.
+    A run leaves the turns once it has used ``seconds`` and done ``rounds`` rounds. Fast runs make several calls a turn.
+    The first calls of each run are a warm-up and not counted.
     """
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    calls = dict.fromkeys(runs, 1)
-    per_turn = {}
+    calls, spent = dict.fromkeys(runs, 1), dict.fromkeys(runs, 0.0)
+    first = {}
     for name, run in runs.items():
         run(0)
-        per_turn[name] = min(20, max(1, int(5e-3 / wall_seconds(run, 0, device))))
+        first[name] = wall_seconds(run, 0, device)
     waiting = list(runs)
     while waiting:
         for name in waiting:
-            for _ in range(per_turn[name]):
+            start = time.perf_counter()
+            for _ in range(min(20, max(1, int(5e-3 / first[name])))):
                 wall = wall_seconds(runs[name], calls[name], device)
+                calls[name] += 1
                 times[name][1].append(wall)
-                times[name][0].append(gpu_seconds(runs[name], calls[name] + 1) if device.type == "cuda" else wall)
-                calls[name] += 2 if device.type == "cuda" else 1
-        waiting = [name for name in waiting if len(times[name][1]) < rounds or sum(times[name][1]) < seconds]
+                if device.type == "cuda":
+                    times[name][0].append(gpu_seconds(runs[name], calls[name], 2 * first[name]))
+                    calls[name] += 1
+                else:
+                    times[name][0].append(wall)
+            spent[name] += time.perf_counter() - start
+        waiting = [name for name in waiting if len(times[name][1]) < rounds or spent[name] < seconds]
     return times
 
 

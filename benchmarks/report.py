@@ -201,7 +201,7 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
 - Versions take turns in one process. Inputs rotate, so that none is found in the last-level cache. Times are medians;
   warm-up and compile time are not in them.
 - On a CPU the C library is told to keep freed memory, as allocators made for training do. With glibc's defaults the
-  page faults of every new tensor come on top, for ours and for the rivals.
+  page faults of every new tensor come on top, for ours and for the rivals: rows marked (default malloc).
 - *gradient*: the incoming gradient. 1 costs the fused backward on a CPU no pass; any other value costs one.
 - *extra*: peak memory of a call beyond its inputs and the tensors that it returns.
 

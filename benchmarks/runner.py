@@ -36,13 +36,15 @@ class Session:
     machine: Machine
     stamp: Row  # the fields of the run, to be completed
     ours_only: bool = False
+    note: str = ""  # added to the mode of every row
     rows: list[Row] = field(default_factory=list)  # of this run
     times: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)  # by mode, gradient, provider
 
-    def row(self, case: Case, dtype: str, **values: object) -> Row:
+    def row(self, case: Case, dtype: str, mode: str = "", **values: object) -> Row:
         return replace(
             self.stamp, case=case.name, m=case.m, n=case.n, D=case.D, rows=case.rows, valid_rows=case.valid_rows,
-            padding=case.padding, dtype=dtype, threads=torch.get_num_threads(), **values,
+            padding=case.padding, dtype=dtype, threads=torch.get_num_threads(),
+            mode=mode + self.note, **values,
         )  # fmt: skip
 
 
@@ -150,25 +152,30 @@ def check_all(
     right: list[Candidate] = []
     refused: list[Row] = []
 
+    def refuse(name: str, kind: str, status: str, **values: object) -> None:
+        refused.append(session.row(case, dtype, mode, provider=name, kind=kind, status=status, **values))
+
     def consider(provider: Provider, compile_s: float | None = None) -> None:
-        error, tolerance, reason = checker(provider)
+        try:
+            error, tolerance, reason = checker(provider)
+        except torch.OutOfMemoryError:
+            refuse(provider.name, provider.kind, "skipped: out of memory")
+            return
         if reason is None:
             right.append(Candidate(provider, error, tolerance, compile_s))
         else:
-            refused.append(session.row(case, dtype, mode=mode, provider=provider.name, kind=provider.kind,
-                                       error=error, tolerance=tolerance, status=reason))  # fmt: skip
+            refuse(provider.name, provider.kind, reason, error=error, tolerance=tolerance)
 
     mine, reasons = providers.ours(case, session.device)
     for name, reason in reasons.items():
-        refused.append(session.row(case, dtype, mode=mode, provider=name, kind="ours", status=f"skipped: {reason}"))
+        refuse(name, "ours", f"skipped: {reason}")
     for provider in mine:
         try:
             consider(provider)
         except RuntimeError as error:
             if "cannot run" not in str(error):
                 raise
-            refused.append(session.row(case, dtype, mode=mode, provider=provider.name, kind="ours",
-                                       status=f"skipped: {error}"))  # fmt: skip
+            refuse(provider.name, "ours", f"skipped: {error}")
     if session.ours_only:
         return right, refused
     for provider in providers.rivals(case):
@@ -178,11 +185,10 @@ def check_all(
         start = time.perf_counter()
         try:
             run(compiled, inputs, mode != "forward", None)(0)
-        except Exception as error:
-            refused.append(session.row(case, dtype, mode=mode, provider=compiled.name, kind="compiled",
-                                       status=f"does not compile: {type(error).__name__}"))  # fmt: skip
-            continue
-        consider(compiled, time.perf_counter() - start)
+        except Exception as error:  # whatever the compiler raises, the run goes on
+            refuse(compiled.name, "compiled", f"skipped: does not compile, {type(error).__name__}")
+        else:
+            consider(compiled, time.perf_counter() - start)
     return right, refused
 
 
@@ -230,28 +236,36 @@ def time_all(
     backward = mode != "forward"
     incoming = None if gradient == "1" else torch.tensor(float(gradient), device=session.device)
     runs = {c.provider.name: run(c.provider, inputs, backward, incoming) for c in right}
-    if "CUDA graph" in mode:
-        runs = {name: measure.as_cuda_graph(call, len(inputs)) for name, call in runs.items()}
+    rows: list[Row] = []
+    in_graph = "CUDA graph" in mode
+    if in_graph:
+        for c in right:
+            try:
+                runs[c.provider.name] = measure.as_cuda_graph(runs[c.provider.name], len(inputs))
+            except RuntimeError as error:
+                rows.append(session.row(case, dtype, mode, gradient=gradient, provider=c.provider.name,
+                                        kind=c.provider.kind, status=f"skipped: not captured, {error}".split("\n")[0]))  # fmt: skip
+                del runs[c.provider.name]
+        right = [c for c in right if c.provider.name in runs]
     times = measure.take_turns(runs, session.device, session.seconds, session.rounds)
     kind = DTYPES[dtype]
     read, written = case.bytes_moved(kind, backward)
     operations = case.operations(backward)
     floor, bound = session.machine.floor(read, written, operations, kind)
-    rows = []
     for c in right:
         on_device, wall = times[c.provider.name]
-        session.times[mode, gradient, c.provider.name] = on_device
+        session.times[mode + session.note, gradient, c.provider.name] = on_device
         median, iqr = measure.median_iqr(on_device)
         call = runs[c.provider.name]
         rows.append(session.row(
-            case, dtype, mode=mode, gradient=gradient, provider=c.provider.name, kind=c.provider.kind,
+            case, dtype, mode, gradient=gradient, provider=c.provider.name, kind=c.provider.kind,
             error=c.error, tolerance=c.tolerance, compile_s=c.compile_s,
             rounds=len(wall), median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(wall)[0],
             bytes_read=read, bytes_written=written, operations=operations,
             bandwidth=(read + written) / session.machine.stream_seconds(read, written),
             copy_bandwidth=session.machine.copy_bandwidth, peak=session.machine.peak(kind),
             floor_s=floor, floor_bound=bound, x_floor=median / floor, achieved=(read + written) / median,
-            extra_bytes=measure.extra_bytes(call, session.device),
+            extra_bytes=None if in_graph else measure.extra_bytes(call, session.device),
             launches=measure.kernel_launches(call, session.device),
         ))  # fmt: skip
     compare(rows, by_wall=case.views)
@@ -268,5 +282,5 @@ def compare(rows: list[Row], by_wall: bool) -> None:
     if not opponents:
         return
     best = min(opponents, key=seconds)
-    for row in rows:
+    for row in (row for row in rows if row.status == "ok"):
         row.best_rival, row.x_best_rival = best.provider, seconds(best) / seconds(row)

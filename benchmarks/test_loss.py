@@ -37,7 +37,8 @@ def hand_over(rows, session, report):
     """Give the times of our best version to pytest-benchmark; the test fails if none of ours is right."""
     wrong = [f"{row.provider}: {row.status}" for row in rows if row.kind == "ours" and row.status.startswith("wrong")]
     assert not wrong, wrong
-    best = min((row for row in rows if row.kind == "ours" and row.median_s), key=lambda row: row.median_s)
+    mine = [row for row in rows if row.kind == "ours" and row.median_s and "graph" not in row.mode]
+    best = min((row for row in mine if row.gradient == mine[0].gradient), key=lambda row: row.median_s)
     report(
         session.times[best.mode, best.gradient, best.provider],
         provider=best.provider, x_floor=best.x_floor, best_rival=best.best_rival, x_best_rival=best.x_best_rival,
