@@ -243,8 +243,9 @@ def time_all(
             try:
                 runs[c.provider.name] = measure.as_cuda_graph(runs[c.provider.name], len(inputs))
             except RuntimeError as error:
+                status = f"skipped: not captured, {error}".splitlines()[0]
                 rows.append(session.row(case, dtype, mode, gradient=gradient, provider=c.provider.name,
-                                        kind=c.provider.kind, status=f"skipped: not captured, {error}".split("\n")[0]))  # fmt: skip
+                                        kind=c.provider.kind, status=status))  # fmt: skip
                 del runs[c.provider.name]
         right = [c for c in right if c.provider.name in runs]
     times = measure.take_turns(runs, session.device, session.seconds, session.rounds)
