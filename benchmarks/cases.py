@@ -85,7 +85,7 @@ _LOSS = [
     Case("bert-large-12", n=24, m=12, D=1024, batch=32, gpu_batch=64),
     Case("bert-large-6", n=24, m=6, D=1024, batch=32, gpu_batch=64),
     Case("minilm-6", n=12, m=6, D=384, batch=32, gpu_batch=128),
-    Case("decoder-16", n=32, m=16, D=4096, batch=4, gpu_batch=32),
+    Case("decoder-16", n=32, m=16, D=4096, batch=2, gpu_batch=32),
 ]
 _CLS = [
     Case("cls-6", n=12, m=6, D=768, batch=32, views=True),

@@ -73,14 +73,11 @@ def take_turns(
     """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
 
     A run leaves the turns once it has used ``seconds`` and done ``rounds`` rounds. Fast runs make several calls a turn.
-    The first calls of each run are a warm-up and not counted.
+    The first call of each run is a warm-up and not counted.
     """
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     calls, spent = dict.fromkeys(runs, 1), dict.fromkeys(runs, 0.0)
-    first = {}
-    for name, run in runs.items():
-        run(0)
-        first[name] = wall_seconds(run, 0, device)
+    first = {name: wall_seconds(run, 0, device) for name, run in runs.items()}
     waiting = list(runs)
     while waiting:
         for name in waiting:

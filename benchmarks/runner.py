@@ -22,7 +22,7 @@ OTHER_GRADIENT = 0.37
 FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever computes them
 
 
-LEVELS = {"quick": (0.6, 3), "default": (1.5, 5), "full": (3.0, 9)}  # seconds and least rounds of each provider
+LEVELS = {"quick": (0.8, 3), "default": (1.5, 3), "full": (3.0, 9)}  # seconds and least rounds of each provider
 
 
 @dataclass
@@ -178,9 +178,10 @@ def check_all(
             refuse(provider.name, "ours", f"skipped: {error}")
     if session.ours_only:
         return right, refused
-    for provider in providers.rivals(case):
-        consider(provider)
-    for name, how in forms_to_compile(session, case, mode, right, inputs):
+    forms = [form for form in providers.rivals(case) if form.name != "pairs" or session.level == "full"]
+    for form in forms:
+        consider(form)
+    for name, how in forms_to_compile(session, case, mode, forms):
         compiled = providers.compiled(case, name, how)
         start = time.perf_counter()
         try:
@@ -192,22 +193,15 @@ def check_all(
     return right, refused
 
 
-def forms_to_compile(
-    session: Session, case: Case, mode: str, right: list[Candidate], inputs: list[Inputs]
-) -> list[tuple[str, str | None]]:
-    """All forms in a full run; else the fastest in eager mode and bmm, which compiled well where all were tried."""
-    forms = [c.provider for c in right if c.provider.kind in ("eager", "public")]
-    modes: list[str | None] = [None]
-    if session.level == "full" and session.device.type == "cuda":
-        modes.append("max-autotune-no-cudagraphs")  # graphs would copy the rotated inputs; [CLS] has its own
+def forms_to_compile(session: Session, case: Case, mode: str, forms: list[Provider]) -> list[tuple[str, str | None]]:
+    """Forms and compile modes. A full run compiles every form; a default run the one that compiled best there."""
     if session.level != "full":
-        if session.level == "quick" or mode == "forward":
-            return []
-        seconds = {p.name: min(measure.wall_seconds(run(p, inputs, mode != "forward", None), k, session.device)
-                               for k in range(2)) for p in forms}  # fmt: skip
-        best = min(seconds, key=seconds.__getitem__)
-        forms = [p for p in forms if p.name in (best, "bmm")]
-    return [(p.name, how) for p in forms for how in modes]
+        wanted = session.level == "default" and mode != "forward" and case.pooling == "token" and not case.teacher_dim
+        return [(form.name, None) for form in forms if form.name == "bmm" and wanted]
+    modes: list[str | None] = [None]
+    if session.device.type == "cuda":
+        modes.append("max-autotune-no-cudagraphs")  # graphs would copy the rotated inputs; [CLS] has its own
+    return [(form.name, how) for form in forms for how in modes]
 
 
 def run_case(session: Session, case: Case, dtype: str, mode: str) -> list[Row]:

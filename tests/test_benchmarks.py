@@ -56,12 +56,12 @@ def test_rivals_compute_the_loss(name, padding):
 def test_a_wrong_provider_is_not_timed(dtype, monkeypatch):
     """A form with a wrong scale is refused in every dtype, gets no time, and its row says why."""
 
-    def pairs(case, *given):
+    def broadcast(case, *given):
         return providers.bmm(replace(case, scale=0.9 / math.sqrt(case.D)), *given)
 
-    monkeypatch.setattr(providers, "pairs", pairs)
+    monkeypatch.setattr(providers, "broadcast", broadcast)
     rows = runner.run_case(session(), small("bert-base-2", D=256), dtype, BOTH)
-    (wrong,) = [row for row in rows if row.provider == "pairs"]
+    (wrong,) = [row for row in rows if row.provider == "broadcast"]
     assert wrong.status.startswith("wrong")
     assert wrong.median_s is None
     timed = [row for row in rows if row.provider in ("bmm", "einsum", "public A")]
