@@ -34,14 +34,14 @@ TASKS = {  # text columns, and the metric of GLUE beside accuracy
     "cola": (("sentence",), ("Matthews", matthews_corrcoef)),
     "sst2": (("sentence",), None),
 }
-# Options of alp_loss, and the weight of its term. PKD compares unit vectors, whose mean square over D
-# columns is of the order of 1/D: hence its larger weight.
+# Options of alp_loss, and the weight of its term: such that its gradient begins in the order of that of CE + KD.
+# PKD compares unit vectors, whose mean square over D columns is of the order of 1/D: hence its larger weight.
 METHODS = {
     "kd": None,
-    "pkd-skip": ({"layer_map": "skip", "normalize": True, "pooling": "cls"}, 100.0),
-    "alp": ({"layer_map": "all"}, 1.0),
-    "alp-no": ({"layer_map": "no-overlap"}, 1.0),
-    "alp-po": ({"layer_map": "partial-overlap"}, 1.0),
+    "pkd-skip": ({"layer_map": "skip", "normalize": True, "pooling": "cls"}, 1000.0),
+    "alp": ({"layer_map": "all"}, 10.0),
+    "alp-no": ({"layer_map": "no-overlap"}, 10.0),
+    "alp-po": ({"layer_map": "partial-overlap"}, 10.0),
 }
 
 
