@@ -7,7 +7,8 @@ With a pretrained encoder DIR and a folder of GLUE tasks (TASK/train.jsonl, TASK
     python examples/distill_glue.py --fine-tune --teacher DIR --data GLUE --task sst2 --output TEACHER
     python examples/distill_glue.py --teacher TEACHER --data GLUE --task sst2 --student-layers 4 --method kd alp
 
-Writes the student, results.json and attention.png (which teacher layers each student layer attends to).
+Writes to --output: each student, results.json, and attention_METHOD.png, which shows the teacher layers that each
+student layer attends to.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from generated_task import make_bert, make_rows, make_tokenizer
 from matplotlib.figure import Figure
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch.nn.functional import cross_entropy, kl_div
@@ -43,12 +45,16 @@ METHODS = {
     "alp-no": ({"layer_map": "no-overlap"}, 10.0),
     "alp-po": ({"layer_map": "partial-overlap"}, 10.0),
 }
+# What options are where they are not given: for a pretrained teacher, and for the generated task.
+PRETRAINED = {"student_layers": 4, "epochs": 1, "train_rows": None, "batch_size": 32, "lr": 5e-5}
+GENERATED = {"student_layers": 2, "epochs": 3, "train_rows": 8000, "batch_size": 64, "lr": 1e-3}
 
 
 class Examples:
     """Tokenised rows, served in batches of similar length, so that little is padded."""
 
     def __init__(self, tokenizer, texts, labels, batch_size):
+        """``texts``: a list of columns, one or two, each with a text per row."""
         encoded = tokenizer(*texts, truncation=True, max_length=128)
         self.rows = [{key: encoded[key][i] for key in encoded} for i in range(len(labels))]
         self.labels, self.tokenizer, self.batch_size = labels, tokenizer, batch_size
@@ -193,10 +199,7 @@ def distil(teacher, training, validation, metric, args):
     """Train one student per method; save each with its attention, and return the scores of all."""
     teacher.eval()
     student = shallow_copy(teacher, args.student_layers)
-    results = {
-        "teacher": evaluate(teacher, validation, metric) | {"seconds": 0.0},
-        "student before": evaluate(student, validation, metric) | {"seconds": 0.0},
-    }
+    results = {"student before": evaluate(student, validation, metric) | {"seconds": 0.0}}
     for method in args.method:
         student = shallow_copy(teacher, args.student_layers)
         loss = distillation_loss(method, teacher, student, args)
@@ -243,17 +246,17 @@ def parse_arguments(argv=None):
     parser.add_argument("--task", choices=TASKS, default="sst2")
     parser.add_argument("--fine-tune", action="store_true", help="train the teacher on the labels and save it")
     parser.add_argument("--method", choices=METHODS, nargs="+", default=["kd", "alp"])
-    parser.add_argument("--student-layers", type=int, default=4, help="default: 4, or 2 for the generated task")
+    parser.add_argument("--student-layers", type=int)
     parser.add_argument("--pooling", choices=["token", "cls", "mean"], help="rows to compare; default: the method's")
     parser.add_argument("--scale", type=float, help="factor of the attention's dot products; default 1/sqrt(D)")
     parser.add_argument("--keep-last-layer", action="store_true", help="pkd-skip: compare the last layer too")
     parser.add_argument("--alp-weight", type=float, help="weight of the layer loss; default: the method's")
     parser.add_argument("--kd-weight", type=float, default=0.5, help="weight of the KD term; CE has the rest")
     parser.add_argument("--temperature", type=float, default=5.0)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--train-rows", type=int, help="train on this many rows, the same for every --seed")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the data order and the dropout")
     parser.add_argument("--output", type=Path, default=Path("out/distill_glue"))
     args = parser.parse_args(argv)
@@ -261,26 +264,49 @@ def parse_arguments(argv=None):
         parser.error("--teacher and --data go together; leave both out for the generated task")
     if args.fine_tune and args.teacher is None:
         parser.error("--fine-tune needs --teacher and --data")
+    for name, value in (PRETRAINED if args.teacher else GENERATED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
+
+
+def generated(args):
+    """The generated task and a small BERT trained on it: what a folder of weights and data is otherwise."""
+    print("A small BERT, trained here on generated reviews: this shows the loop at work, not what real text gives.")
+    tokenizer = make_tokenizer()
+    training, validation = (
+        Examples(tokenizer, *make_rows(count, seed), args.batch_size)
+        for count, seed in ((args.train_rows, 1), (1000, 2))
+    )
+    teacher = make_bert(len(tokenizer))
+    seconds = train(teacher, training, label_loss, args.epochs, args.lr, args.seed, "teacher")
+    return teacher, training, validation, seconds
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher, num_labels=2)
-    training = read_glue(tokenizer, args.data, args.task, "train", args.batch_size, args.train_rows)
-    validation = read_glue(tokenizer, args.data, args.task, "validation", args.batch_size)
-    metric = TASKS[args.task][1]
-    if args.fine_tune:
-        seconds = train(teacher, training, label_loss, args.epochs, args.lr, args.seed, "teacher")
-        results = {"teacher": evaluate(teacher, validation, metric) | {"seconds": seconds}}
-        teacher.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
+    torch.manual_seed(args.seed)  # of the weights that no folder holds: the head, or the generated task's teacher
+    seconds, metric = 0.0, None
+    if args.teacher:
+        metric = TASKS[args.task][1]
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+        teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher, num_labels=2)
+        training = read_glue(tokenizer, args.data, args.task, "train", args.batch_size, args.train_rows)
+        validation = read_glue(tokenizer, args.data, args.task, "validation", args.batch_size)
+        if args.fine_tune:
+            seconds = train(teacher, training, label_loss, args.epochs, args.lr, args.seed, "teacher")
+            teacher.save_pretrained(args.output)
+            tokenizer.save_pretrained(args.output)
     else:
-        results = distil(teacher, training, validation, metric, args)
+        teacher, training, validation, seconds = generated(args)
+    results = {"teacher": evaluate(teacher, validation, metric) | {"seconds": seconds}}
+    if not args.fine_tune:
+        results |= distil(teacher, training, validation, metric, args)
     print_table(results)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+    print(f"Students, results.json and the pictures of the attention are in {args.output}.")
+    return results
 
 
 if __name__ == "__main__":

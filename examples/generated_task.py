@@ -18,7 +18,7 @@ VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, "not", "very", "b
 
 
 def make_rows(count, seed):
-    """Return ``count`` texts and labels, half of them good."""
+    """Return a column of ``count`` texts, as a list of columns, and their labels, half of them good."""
     draw = random.Random(seed)
     texts, labels = [], []
     while len(texts) < count:
@@ -26,7 +26,7 @@ def make_rows(count, seed):
         if score and (score > 0) == len(texts) % 2:
             texts.append(text)
             labels.append(int(score > 0))
-    return texts, labels
+    return [texts], labels
 
 
 def review(draw):

@@ -62,16 +62,11 @@ def test_commands_exist(command):
         assert importlib.util.find_spec(arguments[1]) is not None
     elif arguments[0] == "examples/distill_glue.py":
         pytest.importorskip("transformers")
-        load_example("distill_glue").parse_arguments(arguments[1:])
+        from test_examples import distill_glue
+
+        distill_glue.parse_arguments(arguments[1:])
     else:
         assert (ROOT / arguments[0]).is_file()
-
-
-def load_example(stem):
-    spec = importlib.util.spec_from_file_location(stem, ROOT / "examples" / f"{stem}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
