@@ -66,10 +66,12 @@ def verdict(reached: bool) -> str:
     return "reached" if reached else "missed"
 
 
-def claims(rows: Sequence[Row]) -> str:
-    """The table of the lines that were set, with what was measured, reached or not."""
+def claims(rows: Sequence[Row], cases: Sequence[str] = ()) -> str:
+    """The table of the lines that were set, with what was measured, reached or not; of some cases, or of all."""
     lines = []
     for target in TARGETS:
+        if cases and target.case not in cases:
+            continue
         for row in ours(rows, case=target.case, dtype=target.dtype, mode=BOTH, gradient="1", padding=0.0):
             if is_gpu(row) != target.gpu or row.suite not in ("loss", "cls"):
                 continue
@@ -161,7 +163,7 @@ def section(device: str, rows: list[Row], pictures_folder: Path) -> str:
     }  # fmt: skip
     for name, title in titles.items():
         if name in drawn:
-            parts += [f"### {title}", picture(f"{slug(device)}-{name}", title, pictures_folder)]
+            parts += [f"### {title}", picture(f"{slug(device)}-{name}", title, pictures_folder.name)]
         if name == "tokens" and any(row.suite == "scaling" for row in rows):
             parts.append(scaling_table(rows))
         if name == "step" and any(row.suite == "step" for row in rows):
@@ -171,14 +173,28 @@ def section(device: str, rows: list[Row], pictures_folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def in_short(rows: list[Row], folder: str) -> str:
+    """What README.md shows of every device: the main cases and one picture."""
+    parts = []
+    for device in sorted({row.device for row in rows}):
+        here = [row for row in rows if row.device == device]
+        parts += [
+            f"{device}, {max(row.threads for row in here)} threads, {max(row.run for row in here)[:10]}; forward + "
+            "backward, checked against float64 first:",
+            claims(here, ("bert-base-6", "cls-6")),
+            picture(f"{slug(device)}-speedup", "Speed-up over the best rival", folder),
+        ]
+    return "\n\n".join(parts)
+
+
 def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def picture(name: str, title: str, folder: Path) -> str:
+def picture(name: str, title: str, folder: str) -> str:
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder.name}/{name}-dark.png">'
-        f'<img alt="{title}" src="{folder.name}/{name}-light.png" width="{pictures.WIDTH_PX}"></picture>'
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.png">'
+        f'<img alt="{title}" src="{folder}/{name}-light.png" width="{pictures.WIDTH_PX}"></picture>'
     )
 
 
@@ -213,7 +229,7 @@ def with_claims(text: str, block: str) -> str:
     """Replace what stands between the markers."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
 def main() -> None:
@@ -229,7 +245,7 @@ def main() -> None:
     (options.out / "benchmarks.md").write_text(document(rows, options.files, folder))
     readme = ROOT / "README.md"
     if BEGIN in readme.read_text():
-        readme.write_text(with_claims(readme.read_text(), claims(rows)))
+        readme.write_text(with_claims(readme.read_text(), in_short(rows, "docs/pictures")))
     print(f"{options.out / 'benchmarks.md'} and its pictures are written")
 
 
