@@ -38,6 +38,15 @@ def level(config) -> str:
     return "full" if config.option.full else "quick" if config.option.quick else "default"
 
 
+def command(config) -> str:
+    """What was run, without the paths of the machine."""
+    given = ["pytest benchmarks/"]
+    given += [f"--{name}" for name in ("quick", "full", "default-malloc", "ours-only") if config.getoption(f"--{name}")]
+    given += [f'-m "{config.option.markexpr}"'] if config.option.markexpr else []
+    given += [f'-k "{config.option.keyword}"'] if config.option.keyword else []
+    return " ".join(given)
+
+
 def pytest_collection_modifyitems(config, items):
     levels = list(LEVELS)
     wanted = levels.index(level(config))
@@ -61,11 +70,9 @@ def session(request):
         measure.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._inductor.config.force_disable_caches = True  # so that compile times are those of a first call
-    # pytest's own arguments, without paths of this machine
-    given = [a for a in config.invocation_params.args if "/" not in str(a) or str(a).startswith("benchmarks")]
     stamp = Row(
         run=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command="pytest " + " ".join(str(a) for a in given if a != "--results"),
+        command=command(config),
         commit=results.commit(),
         device=results.device_name(device),
         versions=results.versions(device),
