@@ -1,0 +1,91 @@
+"""Which modules of a model hold its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+# What transformers' backbones call the norm after the last block; it belongs to their last hidden state.
+_FINAL_NORMS = ("norm", "ln_f", "final_norm", "final_layer_norm", "final_layernorm", "norm_f", "ln_final")
+
+# Wrappers by name, so that none of them has to be imported: where they keep the model.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, FSDP 1 and torch.compile wrappers."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: DataParallel runs copies of the model in threads, their hidden states would overwrite each other; "
+            "use DistributedDataParallel"
+        )
+    while (attribute := _WRAPPERS.get(type(model).__name__)) is not None:
+        model = model.get_submodule(attribute)
+    return model
+
+
+def find_blocks(model: nn.Module, layers: Sequence[int | str] | None, final_norm: bool) -> dict[str, nn.Module]:
+    """Return the modules whose outputs are the hidden states, by name, in the order of ``layers``."""
+    if layers is not None and len(layers) == 0:
+        raise ValueError("layers: got none; pass block indices, module names, or None for every block")
+    if layers is not None and all(isinstance(layer, str) for layer in layers):
+        return {str(name): _named(model, str(name)) for name in layers}
+    blocks = _blocks(model, final_norm)
+    if layers is None:
+        return dict(blocks)
+    if not all(isinstance(layer, int) for layer in layers):
+        raise TypeError(f"layers: got {layers!r}; pass either block indices or module names")
+    chosen = {}
+    for layer in layers:
+        if not -len(blocks) <= int(layer) < len(blocks):
+            raise ValueError(f"layers: got index {layer}, the model has {len(blocks)} blocks")
+        name, module = blocks[int(layer)]
+        if name in chosen:
+            raise ValueError(f"layers: index {layer} names block {name!r} a second time; name each block once")
+        chosen[name] = module
+    return chosen
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        near = [known for known, _ in model.named_modules() if known.endswith("." + name)]
+        hint = f"; did you mean {near[0]!r}?" if near else "; model.named_modules() lists them"
+        raise ValueError(f"layers: {type(model).__name__} has no module named {name!r}{hint}") from None
+
+
+def _blocks(model: nn.Module, final_norm: bool) -> list[tuple[str, nn.Module]]:
+    """The transformer's blocks: the one ModuleList whose length is ``config.num_hidden_layers``."""
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if depth is None or len(lists) != 1:
+        found = ", ".join(repr(name) for name, _ in lists) or "none"
+        raise ValueError(
+            f"layers: cannot tell the blocks of {type(model).__name__}: its config.num_hidden_layers is {depth}, "
+            f"module lists of that length: {found}; pass layers=[module names], for example "
+            "layers=['encoder.layer.0', 'encoder.layer.1']"
+        )
+    ((path, module_list),) = lists
+    blocks = [(f"{path}.{i}", block) for i, block in enumerate(module_list)]
+    prefix = path.rpartition(".")[0]
+    owner = model.get_submodule(prefix)
+    prefix += "." if prefix else ""
+    convolution = getattr(owner, "conv", None)
+    if isinstance(convolution, nn.Module):  # DeBERTa-v2 XL: its convolution completes the first block
+        blocks[0] = (f"{prefix}conv", convolution)
+    if final_norm:
+        for name in _FINAL_NORMS:
+            norm = getattr(owner, name, None)
+            if isinstance(norm, nn.Module):
+                blocks[-1] = (f"{prefix}{name}", norm)
+    return blocks
