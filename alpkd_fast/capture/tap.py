@@ -84,15 +84,15 @@ def _is_dense(grad: Tensor) -> bool:
 
 
 def _counts(grad: Tensor) -> tuple[int, ...]:
-    """Every count of holders of the gradient: C++ and Python holders of the tensor, of the tensor it is a
-    view of, and the holders of their storage."""
-    base = grad._base
+    """C++ and Python holders of the gradient, of the tensor it is a view of, and of their storage."""
+    base, storage = grad._base, grad.untyped_storage()
     return (
         grad._use_count(),  # type: ignore[attr-defined]
         sys.getrefcount(grad),
         0 if base is None else base._use_count(),  # type: ignore[attr-defined]
         sys.getrefcount(base) if base is not None else 0,
-        torch._C._storage_Use_Count(grad.untyped_storage()._cdata),
+        torch._C._storage_Use_Count(storage._cdata),
+        sys.getrefcount(storage),
     )
 
 
