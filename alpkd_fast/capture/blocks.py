@@ -63,11 +63,11 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 def _blocks(model: nn.Module, final_norm: bool) -> list[tuple[str, nn.Module]]:
     """The transformer's blocks: the one ModuleList whose length is ``config.num_hidden_layers``."""
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not inside_another:
+            lists.append((name, module))
     if depth is None or len(lists) != 1:
         found = ", ".join(repr(name) for name, _ in lists) or "none"
         raise ValueError(

@@ -49,6 +49,9 @@ class HiddenStates:
         row_weights: the weights of the last forward's rows for ``alp_loss``: (batch, S) for "token", else
             (batch,); None where the model was given no mask.
 
+    A compiled model has to be compiled, that is to run for the first time, inside the block: torch.compile does not
+    look for hooks again. Its gradients are added by the compiled graph, not in place.
+
     Raises:
         ValueError, TypeError: an argument that is not allowed, or blocks that cannot be told.
         RuntimeError: ``take`` without a complete forward; gradients lost to reentrant checkpointing.
@@ -102,7 +105,8 @@ class HiddenStates:
         if not self._rows:
             raise RuntimeError(
                 f"HiddenStates: no forward of {type(self.model).__name__} ran inside the with block since the last "
-                "take(); run the model first, and take() once after each forward"
+                "take(); run the model first, and take() once after each forward; a model that torch.compile has "
+                "compiled before the with block does not see it: enter the block first, or call torch.compiler.reset()"
             )
         if missing:
             raise RuntimeError(
