@@ -1,4 +1,4 @@
-"""The learned projection phi(t) = W t + b of teacher rows to the student's width.
+"""The learned projection phi(t) = W t + b of teacher rows to the student's width, or of student rows to the teacher's.
 
 The projected rows go through the same operator as plain teacher rows; its teacher gradients are what
 autograd carries on into W and b. Products are taken in the problem's compute dtype: one rounding of
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .problem import Problem
+from .problem import HiddenStates, Problem, make_problem
 from .reference import pool_layers
 
 LossParts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,6 +32,56 @@ def project_teacher(
         if weight.dim() == 2:
             return run(replace(problem, teacher=[linear(t, weight, bias) for t in problem.teacher]))
         return _one_projection_per_layer(problem, weight, bias, run)
+
+
+def project_student(
+    student_hidden_states: HiddenStates,
+    teacher_hidden_states: HiddenStates,
+    attention_mask: Tensor | None,
+    pooling: str,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Return projected student rows, teacher rows and row weights, all pooled, for alp_loss's default pooling."""
+    problem = make_problem(
+        student_hidden_states,
+        teacher_hidden_states,
+        attention_mask,
+        pooling,
+        layer_map="all",
+        scale=None,
+        normalize=False,
+        detach_attention=False,
+        layer_weights=None,
+        reduction="mean",
+        normalizer=None,
+        details=False,
+        projected=True,
+    )
+    _check_student_projection(problem, weight)
+    dtype = problem.compute_dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        rows, weights = pool_layers(problem.student, problem.row_weights, pooling, dtype)  # (m, *rows, D_s)
+        if weight.dim() == 2:
+            student = list(linear(rows, weight, bias).unbind(0))
+        else:
+            biases = [None] * len(rows) if bias is None else list(bias.unbind(0))
+            student = [linear(s, W, b) for s, W, b in zip(rows, weight, biases, strict=True)]
+        teacher = problem.teacher
+        if pooling != "token":
+            teacher = list(pool_layers(teacher, problem.row_weights, pooling, dtype)[0].unbind(0))
+    return student, teacher, weights
+
+
+def _check_student_projection(problem: Problem, weight: Tensor) -> None:
+    m, narrow, wide = len(problem.student), problem.student[0].shape[-1], problem.teacher[0].shape[-1]
+    if tuple(weight.shape) not in ((wide, narrow), (m, wide, narrow)):
+        raise ValueError(
+            f"ALPLoss: its student projection has shape {tuple(weight.shape)}, but student width {narrow}, teacher "
+            f"width {wide} and {m} student layers need ({wide}, {narrow}), or ({m}, {wide}, {narrow}) for one "
+            "projection per layer; construct it with these student_dim, teacher_dim and projections"
+        )
 
 
 def _pooled(problem: Problem) -> Problem:
