@@ -1,0 +1,49 @@
+"""``alpkd distill``: train a student on a teacher."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import options
+
+NAME = "distill"
+HELP = "distil a teacher into a student"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", required=True, help="a folder with the fine-tuned teacher, or a hub name")
+    parser.add_argument("--student", help="a folder with a student; else one is made from the teacher's layers")
+    parser.add_argument("--depth", type=int, default=4, help="layers of the student made from the teacher; %(default)s")
+    options.add_method(parser)
+    options.add_config(parser)
+    options.add_data(parser)
+    options.add_run(parser)
+    options.add_student(parser)
+    options.add_losses(parser)
+    options.add_training(parser, epochs=3, learning_rate=5e-5)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..hf.extras import require
+
+    config = options.distillation_config(args, args.method, args.seed)  # refuses wrong options before any loading
+    layers = options.chosen_layers(args)
+    require("transformers", "alpkd distill").set_seed(args.seed)
+    from ..hf.students import student_from_teacher
+    from ..hf.trainer import DistillationTrainer
+    from .runs import check_output, plain, train_and_report
+    from .training import load_model, load_work
+
+    check_output(args)
+    work = load_work(args, args.teacher)
+    teacher = load_model(args.teacher, work.task, new_head=False)
+    if args.student is not None:
+        student = load_model(args.student, work.task, new_head=True)
+    else:
+        student = student_from_teacher(teacher, args.depth, layers, hidden_size=args.hidden_size)
+
+    def make_trainer(**arguments: Any) -> DistillationTrainer:
+        return DistillationTrainer(student, teacher, distillation=config, **arguments)
+
+    return train_and_report(args, work, f"distill {args.task}, {args.method}", make_trainer, plain(args))

@@ -1,0 +1,3 @@
+NAME="sweep"; HELP="x"
+def add_options(p): pass
+def run(a): return 0

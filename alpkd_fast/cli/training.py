@@ -1,0 +1,146 @@
+"""What finetune, distill and sweep share: data, models, training arguments, evaluation."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..hf.data import Rows, encode, length_order, load_rows
+from ..hf.extras import require
+from ..hf.losses import hard_loss
+from ..hf.tasks import Task
+from .options import chosen_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+
+@dataclass
+class Work:
+    """The task with its tokenised data."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    collator: Any
+    train: Rows
+    batches: list[tuple[list[int], dict[str, torch.Tensor]]]  # validation: row indices, padded batch
+    validation: Rows
+
+
+def load_work(args: argparse.Namespace, model_folder: str) -> Work:
+    """Load tokenizer and data; fails before any training where one of them does not fit."""
+    transformers = require("transformers", "training")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    task = chosen_task(args)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    rows = load_rows(args.data, task, "train", args.train_rows), load_rows(args.data, task, task.validation_split)
+    if task.kind == "classification" and task.num_labels is None:
+        task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in rows[0]))
+    train, validation = (encode(split, task, tokenizer, args.max_length) for split in rows)
+    if task.kind == "mlm":
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mask_share)
+    else:
+        collator = transformers.DataCollatorWithPadding(tokenizer)
+    order = length_order(validation)
+    cuts = [order[at : at + args.batch_size] for at in range(0, len(order), args.batch_size)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same masked tokens in every evaluation
+        batches = [(cut, dict(collator([validation[i] for i in cut]))) for cut in cuts]
+    return Work(task, tokenizer, collator, train, batches, validation)
+
+
+def load_model(folder: str, task: Task, new_head: bool) -> PreTrainedModel:
+    """Load a model with the task's head: a new one for fine-tuning, else the one that was trained."""
+    transformers = require("transformers", "training")
+    if task.kind == "mlm":
+        return transformers.AutoModelForMaskedLM.from_pretrained(folder)  # type: ignore[no-any-return]
+    head = {"num_labels": task.num_labels} if new_head else {}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **head)
+    if model.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"--teacher: {folder} has {model.config.num_labels} outputs, task {task.name} needs {task.num_labels}; "
+            "fine-tune it with alpkd finetune first"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def training_arguments(args: argparse.Namespace, folder: Path, seed: int, save_steps: int | None) -> TrainingArguments:
+    transformers = require("transformers", "training")
+    return transformers.TrainingArguments(  # type: ignore[no-any-return]
+        output_dir=str(folder),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup,
+        weight_decay=args.weight_decay,
+        bf16=args.precision == "bf16",
+        fp16=args.precision == "fp16",
+        use_cpu=args.cpu,
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
+        save_total_limit=1,
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def score(model: PreTrainedModel, work: Work) -> tuple[dict[str, float], list[float]]:
+    """Evaluate on the validation rows; return the metrics, and one prediction per row in the file's order.
+
+    For "mlm" the metrics are over the masked tokens, and there is no prediction per row.
+    """
+    model.eval()
+    device = model.device
+    if work.task.kind == "mlm":
+        return _score_masked(model, work), []
+    logits = torch.empty(len(work.validation), model.config.num_labels)
+    with torch.no_grad():
+        for rows, batch in work.batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            logits[rows] = model(**_known(model, inputs)).logits.float().cpu()
+    labels = torch.tensor([row["labels"] for row in work.validation]).numpy()
+    predictions = work.task.predictions(logits.numpy())
+    return work.task.score(logits.numpy(), labels), predictions.tolist()
+
+
+def _score_masked(model: PreTrainedModel, work: Work) -> dict[str, float]:
+    loss, correct, count = 0.0, 0, 0
+    with torch.no_grad():
+        for _, batch in work.batches:
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            labels = inputs.pop("labels")
+            logits = model(**_known(model, inputs)).logits[labels != -100]
+            labels = labels[labels != -100]
+            loss += hard_loss(logits, labels).item()
+            correct += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+    return {"accuracy": correct / max(count, 1), "loss": loss / max(count, 1)}
+
+
+def _known(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    import inspect
+
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def final_score(trainer: Trainer, work: Work) -> tuple[dict[str, float], list[float]]:
+    """Evaluate after training; on several ranks by the Trainer, which has no prediction per row to give."""
+    if trainer.args.world_size == 1:
+        return score(trainer.model, work)
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}, []
+
+
+def metrics_function(task: Task) -> Any:
+    """compute_metrics of the Trainer; None for "mlm", where its loss is enough."""
+    return None if task.kind == "mlm" else lambda output: task.score(output.predictions, output.label_ids)

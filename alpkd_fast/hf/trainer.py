@@ -1,0 +1,345 @@
+"""DistillationTrainer: the Trainer of transformers with a teacher and the loss on hidden states."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from ..api import ALPOutput
+from ..module import ALPLoss
+from .config import DistillationConfig
+from .data import LengthGroupedSampler
+from .losses import hard_loss, soft_loss, target_mask
+from .methods import epoch_layer_map
+
+LOSS_NAME = "alp_loss"  # the student's submodule that holds φ
+PROJECTION_FILE = "alp_projection.safetensors"
+
+Inputs = dict[str, Any]
+
+
+class LengthGroupedTrainer(Trainer):
+    """A Trainer whose ``train_sampling_strategy="group_by_length"`` resumes exactly."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, list):
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in data]
+        return LengthGroupedSampler(lengths, self._train_batch_size, self.args.seed)
+
+
+class DistillationTrainer(LengthGroupedTrainer):
+    """Trains a student on labels, on a teacher's logits and on its hidden states.
+
+    Args:
+        model: the student, any transformers model with a head.
+        teacher: a model that takes the same tokens and gives logits of the same shape. It is frozen, set to eval,
+            moved to the device and prepared by Accelerate.
+        distillation: the losses and their options.
+        **trainer_arguments: everything else that ``transformers.Trainer`` takes.
+
+    Gradients do not depend on how a global batch is cut into accumulation steps and ranks: every loss is divided by
+    its count over all of them. Evaluation is the Trainer's own. What is saved is the plain student; the projection φ,
+    where there is one, lies beside it in ``alp_projection.safetensors`` and is taken up on resume.
+
+    Logged, as means over the optimizer steps since the last log: ``ce``, ``kd``, ``alp``, ``alp_layer_{i}`` (each student
+    layer's share of ``alp``) and ``alp_entropy_{i}`` (entropy of its attention, in nats).
+
+    Attributes:
+        layer_attention: (m, n) mean attention of the last logged interval, or None before.
+
+    Raises:
+        ValueError: models that do not fit each other or the options; the message says which and the remedy.
+    """
+
+    # compute_loss divides by the counts of the whole accumulated batch, so the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | None = None,
+        args: Any = None,
+        *,
+        distillation: DistillationConfig | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        if teacher is None:
+            raise ValueError("teacher: got None; pass a transformers model that is trained for the task")
+        self.distillation = distillation or DistillationConfig()
+        self.teacher = teacher
+        self.layer_attention: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._attention_sum: Tensor | None = None
+        self._steps_since_log = 0
+        if model is not None:
+            self._attach(model)
+        super().__init__(model=model, args=args, **trainer_arguments)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process (nn.DataParallel) are not supported; start one process per GPU: "
+                "torchrun --nproc_per_node=GPUS, or accelerate launch"
+            )
+        teacher.eval().requires_grad_(False)
+        self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
+        self._student_inputs = _parameters_of(self.model.forward)
+        self._teacher_inputs = _parameters_of(teacher.forward)
+
+    @property
+    def attended_layers(self) -> list[int]:
+        """The student layers that take part in the loss on hidden states, in the order of ``layer_attention``."""
+        return self._student_layers if self.distillation.uses_hidden_states else []
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        return self._attach(super().call_model_init(trial))
+
+    def _attach(self, student: PreTrainedModel) -> PreTrainedModel:
+        """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""
+        options, teacher = self.distillation, self.teacher
+        self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
+        if not options.uses_hidden_states:
+            return student
+        self._student_layers = _chosen("student_layers", options.student_layers, student.config.num_hidden_layers)
+        self._teacher_layers = _chosen("teacher_layers", options.teacher_layers, teacher.config.num_hidden_layers)
+        m = len(self._layer_map(epoch=0))  # also checks the map
+        if m == 0:
+            raise ValueError(
+                f"method {options.method!r} leaves the last student layer out, and the student has no other; set "
+                "drop_last_layer=False (--no-drop-last-layer), or give it more layers"
+            )
+        self._student_layers = self._student_layers[:m]
+        student_dim, teacher_dim = student.config.hidden_size, teacher.config.hidden_size
+        projection = options.projection
+        if projection == "none" and student_dim != teacher_dim:
+            raise ValueError(
+                f'projection="none": the student is {student_dim} wide, the teacher {teacher_dim}; use "shared" or '
+                '"per-layer"'
+            )
+        loss = ALPLoss(
+            student_dim,
+            teacher_dim,
+            projection={"auto": None, "none": False}.get(projection, True),
+            projections=m if projection == "per-layer" else None,
+            bias=options.projection_bias,
+            pooling=self.pooling,
+            return_details=True,
+            **options.loss_options,
+        )
+        student.add_module(LOSS_NAME, loss.to(student.device))
+        # save_pretrained leaves these out: what is saved is the plain student.
+        ignored = {f"{LOSS_NAME}.{name}" for name in loss.state_dict()}
+        student._keys_to_ignore_on_save = set(student._keys_to_ignore_on_save or ()) | ignored
+        return student
+
+    def _layer_map(self, epoch: int) -> tuple[tuple[int, ...], ...]:
+        options = self.distillation
+        layer_map = options.resolved_layer_map
+        assert layer_map is not None
+        m = len(self._student_layers)
+        return epoch_layer_map(layer_map, m, len(self._teacher_layers), options.drops_last_layer, options.seed, epoch)
+
+    # ---- one optimizer step: its batches and their counts ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Inputs], num_batches: int, device: Any) -> Any:
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._steps_since_log += 1
+        return batches, self._global_counts(batches)
+
+    def _global_counts(self, batches: list[Inputs]) -> Tensor:
+        """(2,) labelled targets, and rows of the loss on hidden states, over these batches on all ranks."""
+        counts = torch.zeros(2, device=self.args.device)
+        for batch in batches:
+            mask = _attention_mask(batch)
+            counts += torch.stack([self._targets(batch, mask)[1].sum(), count_rows(mask, self.pooling)]).to(counts)
+        return self.accelerator.reduce(counts, "sum").clamp_min(1.0)
+
+    def _targets(self, batch: Inputs, mask: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Labels aligned with the logits, or None; and which targets count."""
+        labels = batch.get("labels")
+        if labels is None:
+            return None, mask != 0 if self.model.get_output_embeddings() is not None else mask.new_ones(len(mask), dtype=torch.bool)
+        if self._loss_shifts_labels:  # position s predicts label s + 1
+            labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        return labels, target_mask(labels)
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
+        mask = _attention_mask(inputs)
+        labels, counted = self._targets(inputs, mask)
+        teacher_logits, teacher_states = self._run_teacher(inputs)
+        outputs, alp = self._run_student(model, inputs, mask, teacher_states, counts[1])
+        loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
+        if alp is not None:
+            loss = loss + self.distillation.alp_weight * alp
+        # Ranks average their gradients, but each holds its share of one global sum.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _run_teacher(self, inputs: Inputs) -> tuple[Tensor, list[Tensor] | None]:
+        wanted = self.distillation.uses_hidden_states
+        with torch.no_grad():
+            outputs = self.teacher(**_accepted(inputs, self._teacher_inputs), output_hidden_states=wanted)
+        states = [outputs.hidden_states[1:][j] for j in self._teacher_layers] if wanted else None
+        return outputs.logits, states
+
+    def _run_student(
+        self, model: nn.Module, inputs: Inputs, mask: Tensor, teacher_states: list[Tensor] | None, rows: Tensor
+    ) -> tuple[Inputs, Tensor | None]:
+        own = _accepted(inputs, self._student_inputs)
+        if teacher_states is None:
+            return model(**own), None
+        student = self.accelerator.unwrap_model(model)
+        module: ALPLoss = getattr(student, LOSS_NAME)
+        module.options["layer_map"] = self._layer_map(int(self.state.epoch or 0))
+        details: list[ALPOutput] = []
+
+        def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
+            states = [outputs.hidden_states[1:][i] for i in self._student_layers]
+            details.append(module(states, teacher_states, mask, normalizer=rows))
+            return {"logits": outputs.logits, "alp": details[0].loss}
+
+        # Inside the student's own forward: there DDP sees φ used, and FSDP has it gathered.
+        with student.register_forward_hook(add_loss, prepend=True):
+            outputs = model(**own, output_hidden_states=True)
+        self._record_details(details[0], mask, rows)
+        return outputs, outputs["alp"]
+
+    def _logit_loss(
+        self, logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, counted: Tensor, count: Tensor
+    ) -> Tensor:
+        options = self.distillation
+        if logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"teacher: its logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; both "
+                "need the same outputs and the same tokens"
+            )
+        if logits.dim() == 3:  # (B, S, V): only labelled tokens are worth a softmax over the vocabulary
+            logits, teacher_logits = logits[counted], teacher_logits[counted]
+            labels = None if labels is None else labels[counted]
+            counted = counted[counted]
+        total = logits.sum() * 0.0  # a graph even where every weight is 0, for the ranks' sake
+        if options.ce_weight > 0:
+            if labels is None:
+                raise ValueError("ce_weight is above 0, but the batch has no labels; set ce_weight=0 to do without")
+            ce = hard_loss(logits, labels) / count
+            self._record("ce", ce)
+            total = total + options.ce_weight * ce
+        if options.kd_weight > 0:
+            kd = soft_loss(logits, teacher_logits, counted, options.temperature) / count
+            self._record("kd", kd)
+            total = total + options.kd_weight * kd
+        return total
+
+    # ---- logging: sums stay on the device until a log is due ----
+
+    def _record(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _record_details(self, output: ALPOutput, mask: Tensor, rows: Tensor) -> None:
+        share = count_rows(mask, self.pooling) / rows  # of this batch in the global one
+        self._record("alp", output.loss)
+        for i, layer in enumerate(self._student_layers):
+            self._record(f"alp_layer_{layer}", output.layer_losses[i])
+            self._record(f"alp_entropy_{layer}", output.entropy[i] * share)
+        attention = output.attention.flatten(1, -2).sum(1) / rows  # (m, n)
+        self._attention_sum = attention if self._attention_sum is None else self._attention_sum + attention
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._sums and ("loss" in logs or "train_runtime" in logs):
+            means = self._drain()
+            if "loss" in logs:
+                logs.update(means)
+        super().log(logs, start_time)
+
+    def _drain(self) -> dict[str, float]:
+        """Means over the optimizer steps since the last call, over all ranks: the only place that waits."""
+        names = list(self._sums)
+        flat = [self._sums[name].float().reshape(1) for name in names]
+        if self._attention_sum is not None:
+            flat.append(self._attention_sum.float().flatten())
+        values = self.accelerator.reduce(torch.cat(flat), "sum").cpu() / self._steps_since_log
+        if self._attention_sum is not None:
+            self.layer_attention = values[len(names) :].view(self._attention_sum.shape)
+        self._sums, self._attention_sum, self._steps_since_log = {}, None, 0
+        return dict(zip(names, values.tolist(), strict=False))
+
+    # ---- checkpoints: the plain student, and φ beside it ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state = self.model.state_dict() if state_dict is None else state_dict
+        prefix = LOSS_NAME + "."
+        projection = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
+        super()._save(output_dir, state_dict)
+        if projection and self.args.should_save:
+            save_file(projection, Path(output_dir or self.args.output_dir) / PROJECTION_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_projection(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_projection(self.state.best_model_checkpoint)
+
+    def _load_projection(self, folder: str | None) -> None:
+        module = getattr(self.model, LOSS_NAME, None)
+        # FSDP and DeepSpeed save and load the whole wrapped model, φ included.
+        if module is None or not module.state_dict() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        path = Path(folder or ".") / PROJECTION_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {PROJECTION_FILE}, but this run learns a projection; start it anew")
+        module.load_state_dict(load_file(path))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:  # keep what only the teacher takes, such as token_type_ids
+            super()._set_signature_columns_if_needed()
+            known = set(self._signature_columns)
+            self._signature_columns += [name for name in self._teacher_inputs if name not in known]
+
+
+def count_rows(mask: Tensor, pooling: str) -> Tensor:
+    """The 0-dim number of rows that count after pooling a mask (B, S), as :func:`alpkd_fast.alp_loss` counts them."""
+    if pooling == "token":
+        return mask.sum()
+    if pooling == "cls":
+        return mask[:, 0].sum()
+    return mask.any(-1).sum()
+
+
+def _attention_mask(inputs: Inputs) -> Tensor:
+    mask: Tensor | None = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
+
+
+def _parameters_of(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)
+
+
+def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
+    """The inputs that a model takes, without the labels: the losses are computed here."""
+    return {name: value for name, value in inputs.items() if name in names and name != "labels"}
+
+
+def _chosen(name: str, layers: list[int] | None, count: int) -> list[int]:
+    if layers is None:
+        return list(range(count))
+    if not layers or not all(0 <= i < count for i in layers):
+        raise ValueError(f"{name}: got {layers}; allowed are layers 0 to {count - 1}")
+    return list(layers)
