@@ -11,10 +11,11 @@ from transformers import TrainerCallback
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """The first Ctrl-C stops after the running step with a checkpoint; a second one stops at once."""
+    """The first Ctrl-C stops after the running step, with a checkpoint if asked; a second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, save: bool = True) -> None:
         self.interrupted = False
+        self._save = save
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -27,7 +28,7 @@ class CheckpointOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.interrupted and state.global_step < state.max_steps:
-            control.should_save, control.should_training_stop = True, True
+            control.should_save, control.should_training_stop = self._save, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.interrupted:

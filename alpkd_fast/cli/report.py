@@ -27,14 +27,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.Console().print(made)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     require("matplotlib", "plots").use("Agg")
     return require("matplotlib.pyplot", "plots")
 
 
 def plot_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     """Losses over the steps above, and what was evaluated, if anything was, below."""
-    plt = _pyplot()
+    plt = pyplot()
     evaluated = sorted({k for row in history for k in row if k.startswith("eval_") and _is_metric(k)})
     panels = [("loss", ["loss", "ce", "kd", "alp"])] + [("validation", evaluated)] * bool(evaluated)
     figure, axes = plt.subplots(len(panels), 1, figsize=(7, 3.2 * len(panels)), squeeze=False, layout="constrained")
@@ -56,7 +56,7 @@ def _is_metric(name: str) -> bool:
 
 def plot_attention(path: Path, attention: Sequence[Sequence[float]], student_layers: Sequence[int]) -> None:
     """Heat map (student layer, teacher layer) of the mean attention at the end of training."""
-    plt = _pyplot()
+    plt = pyplot()
     m, n = len(attention), len(attention[0])
     figure, axis = plt.subplots(figsize=(1.5 + 0.5 * n, 1.2 + 0.5 * m), layout="constrained")
     image = axis.imshow(attention, vmin=0, vmax=1, cmap="viridis", aspect="auto")

@@ -44,16 +44,17 @@ def epoch_layer_map(
 ) -> LayerTable:
     """Return the layer map of an epoch, one row per student layer that takes part.
 
-    A random map is the (epoch + 1)-th draw of a generator with this seed, so that every rank and every
+    A map by name is made for m layers, then ``drop_last`` leaves its last row out; a list is one row per
+    layer that takes part. A random map is the (epoch + 1)-th draw of a generator with this seed, so that every rank and every
     resumed run draws the same maps.
     """
+    if not isinstance(layer_map, str):
+        return tuple(tuple(layers) for layers in layer_map)
     if layer_map == "random":
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epoch):
             make_layer_map("random", m, n, generator)
         table = make_layer_map("random", m, n, generator)
-    elif isinstance(layer_map, str):
-        table = make_layer_map(layer_map, m, n)
     else:
-        table = tuple(tuple(layers) for layers in layer_map)
+        table = make_layer_map(layer_map, m, n)
     return table[:-1] if drop_last else table

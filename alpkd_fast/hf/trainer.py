@@ -108,15 +108,20 @@ class DistillationTrainer(LengthGroupedTrainer):
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
         if not options.uses_hidden_states:
             return student
-        self._student_layers = _chosen("student_layers", options.student_layers, student.config.num_hidden_layers)
+        chosen = _chosen("student_layers", options.student_layers, student.config.num_hidden_layers)
         self._teacher_layers = _chosen("teacher_layers", options.teacher_layers, teacher.config.num_hidden_layers)
-        m = len(self._layer_map(epoch=0))  # also checks the map
+        self._student_layers = chosen[:-1] if options.drops_last_layer else chosen
+        m = len(self._student_layers)
         if m == 0:
             raise ValueError(
                 f"method {options.method!r} leaves the last student layer out, and the student has no other; set "
                 "drop_last_layer=False (--no-drop-last-layer), or give it more layers"
             )
-        self._student_layers = self._student_layers[:m]
+        if len(self._layer_map(epoch=0)) != m:  # also refuses a map that the depths do not allow
+            raise ValueError(
+                f"layer_map: got {len(self._layer_map(epoch=0))} rows, but {m} student layers take part; pass one list "
+                "of teacher layers for each"
+            )
         student_dim, teacher_dim = student.config.hidden_size, teacher.config.hidden_size
         projection = options.projection
         if projection == "none" and student_dim != teacher_dim:
@@ -144,7 +149,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         options = self.distillation
         layer_map = options.resolved_layer_map
         assert layer_map is not None
-        m = len(self._student_layers)
+        m = len(self._student_layers) + options.drops_last_layer
         return epoch_layer_map(layer_map, m, len(self._teacher_layers), options.drops_last_layer, options.seed, epoch)
 
     # ---- one optimizer step: its batches and their counts ----
