@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if not 1 <= depth <= teacher.config.num_hidden_layers:
             raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {teacher.config.num_hidden_layers}")
     _start(output, settings, work, score(teacher, work))
-    runs = [(depth, seed, text) for depth in args.depths for seed in args.seeds for text in methods]
+    runs = [(depth, seed, text) for seed in args.seeds for depth in args.depths for text in methods]
     for number, (depth, seed, text) in enumerate(runs, start=1):
         path = run_path(output, text, depth, seed)
         if path.exists():

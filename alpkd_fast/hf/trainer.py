@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..api import ALPOutput
+from ..capture import HiddenStates
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
@@ -135,7 +136,6 @@ class DistillationTrainer(LengthGroupedTrainer):
             projection={"auto": None, "none": False}.get(projection, True),
             projections=m if projection == "per-layer" else None,
             bias=options.projection_bias,
-            pooling=self.pooling,
             return_details=True,
             **options.loss_options,
         )
@@ -171,7 +171,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         """Labels aligned with the logits, or None; and which targets count."""
         labels = batch.get("labels")
         if labels is None:
-            return None, mask != 0 if self.model.get_output_embeddings() is not None else mask.new_ones(len(mask), dtype=torch.bool)
+            tokens = self.model.get_output_embeddings() is not None
+            return None, mask != 0 if tokens else torch.ones_like(mask[:, 0], dtype=torch.bool)
         if self._loss_shifts_labels:  # position s predicts label s + 1
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return labels, target_mask(labels)
@@ -186,8 +187,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
         mask = _attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
-        teacher_logits, teacher_states = self._run_teacher(inputs)
-        outputs, alp = self._run_student(model, inputs, mask, teacher_states, counts[1])
+        teacher_logits, teacher_rows = self._run_teacher(inputs)
+        outputs, alp = self._run_student(model, inputs, mask, teacher_rows, counts[1])
         loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
         if alp is not None:
             loss = loss + self.distillation.alp_weight * alp
@@ -196,17 +197,19 @@ class DistillationTrainer(LengthGroupedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _run_teacher(self, inputs: Inputs) -> tuple[Tensor, list[Tensor] | None]:
-        wanted = self.distillation.uses_hidden_states
+        """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
+        own = _accepted(inputs, self._teacher_inputs)
         with torch.no_grad():
-            outputs = self.teacher(**_accepted(inputs, self._teacher_inputs), output_hidden_states=wanted)
-        states = [outputs.hidden_states[1:][j] for j in self._teacher_layers] if wanted else None
-        return outputs.logits, states
+            if not self.distillation.uses_hidden_states:
+                return self.teacher(**own).logits, None
+            with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:
+                return self.teacher(**own).logits, captured.take()
 
     def _run_student(
-        self, model: nn.Module, inputs: Inputs, mask: Tensor, teacher_states: list[Tensor] | None, rows: Tensor
+        self, model: nn.Module, inputs: Inputs, mask: Tensor, teacher_rows: list[Tensor] | None, rows: Tensor
     ) -> tuple[Inputs, Tensor | None]:
         own = _accepted(inputs, self._student_inputs)
-        if teacher_states is None:
+        if teacher_rows is None:
             return model(**own), None
         student = self.accelerator.unwrap_model(model)
         module: ALPLoss = getattr(student, LOSS_NAME)
@@ -214,13 +217,15 @@ class DistillationTrainer(LengthGroupedTrainer):
         details: list[ALPOutput] = []
 
         def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
-            states = [outputs.hidden_states[1:][i] for i in self._student_layers]
-            details.append(module(states, teacher_states, mask, normalizer=rows))
+            details.append(module(captured.take(), teacher_rows, captured.row_weights, normalizer=rows))
             return {"logits": outputs.logits, "alp": details[0].loss}
 
         # Inside the student's own forward: there DDP sees φ used, and FSDP has it gathered.
-        with student.register_forward_hook(add_loss, prepend=True):
-            outputs = model(**own, output_hidden_states=True)
+        with (
+            HiddenStates(student, self._student_layers, self.pooling) as captured,
+            student.register_forward_hook(add_loss, prepend=True),
+        ):
+            outputs = model(**own)
         self._record_details(details[0], mask, rows)
         return outputs, outputs["alp"]
 
