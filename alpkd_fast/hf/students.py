@@ -80,25 +80,25 @@ def _picks(layers: str | Sequence[int], m: int, n: int) -> list[int]:
 
 
 def _narrow(config: PretrainedConfig, width: int) -> None:
-    head = config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not 0 < width < config.hidden_size or width % head:
         raise ValueError(
             f"hidden_size: got {width}; allowed are multiples of the head size {head} below the teacher's "
             f"{config.hidden_size}"
         )
     ratio = width / config.hidden_size
-    key_value_heads = getattr(config, "num_key_value_heads", None)
-    if key_value_heads is not None:
-        groups = config.num_attention_heads // key_value_heads
-        if (width // head) % groups:
-            raise ValueError(f"hidden_size: {width // head} heads do not divide into the teacher's groups of {groups}")
-        config.num_key_value_heads = width // head // groups
+    heads = width // head
+    if getattr(config, "num_key_value_heads", None) is not None:  # grouped-query attention keeps its groups' size
+        groups = config.num_attention_heads // config.num_key_value_heads
+        config.num_key_value_heads = max(1, heads // groups)
+        if heads % config.num_key_value_heads:
+            raise ValueError(f"hidden_size: {heads} heads do not divide into the teacher's groups of {groups}")
     # BERT and most others; GPT-2 (None: four times the width); DistilBERT; DeBERTa's pooler.
     for name in ("intermediate_size", "n_inner", "hidden_dim", "pooler_hidden_size"):
         value = getattr(config, name, None)
         if value is not None:
             setattr(config, name, int(value * ratio))
-    config.num_attention_heads = width // head
+    config.num_attention_heads = heads
     config.hidden_size = width
 
 

@@ -1,0 +1,298 @@
+"""The trainer: what it optimises, saves, resumes, logs and leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import bert, make_tokenizer, masked_lm, sentences
+from tiny_models import make_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from alpkd_fast import alp_loss, make_layer_map
+from alpkd_fast.hf import DistillationConfig, DistillationTrainer, student_from_teacher
+from alpkd_fast.hf.data import encode
+from alpkd_fast.hf.losses import soft_loss
+from alpkd_fast.hf.methods import METHODS
+from alpkd_fast.hf.tasks import TASKS
+from alpkd_fast.hf.trainer import PROJECTION_FILE
+
+TOKENIZER = make_tokenizer()
+ROWS = encode(sentences(24, seed=1), TASKS["sst2"], TOKENIZER, 32)
+
+
+def make_trainer(folder, student=None, teacher=None, callbacks=None, rows=ROWS, collator=None, arguments=None, **options):
+    teacher = bert(seed=1) if teacher is None else teacher
+    if student is None:
+        torch.manual_seed(2)
+        student = student_from_teacher(teacher, 2, hidden_size=16)
+    values = {"num_train_epochs": 2, "logging_steps": 2, "save_strategy": "no", "learning_rate": 1e-3}
+    return DistillationTrainer(
+        student,
+        teacher,
+        TrainingArguments(
+            output_dir=str(folder), per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, report_to="none",
+            **{**values, **(arguments or {})},
+        ),  # fmt: skip
+        distillation=DistillationConfig(**options),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=collator,
+        processing_class=TOKENIZER,
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last", "token"])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_is_what_the_parts_say(method, pooling, tmp_path):
+    """Against output_hidden_states, alp_loss and the formulas, for one batch."""
+    teacher = bert(seed=1)
+    student = student_from_teacher(teacher, 3, [3, 1, 0])
+    trainer = make_trainer(
+        tmp_path, student, teacher, method=method, pooling=pooling, ce_weight=0.2, kd_weight=0.3, alp_weight=0.7,
+        temperature=3.0, scale=None if method == "uniform" else 0.4, seed=4,
+    )  # fmt: skip
+    batch = dict(trainer.data_collator(ROWS[:8]))
+    student.train()
+    loss = trainer.compute_loss(student, dict(batch))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    with torch.no_grad():
+        ours, theirs = (model(**inputs, output_hidden_states=True) for model in (student, teacher))
+    expected = 0.2 * torch.nn.functional.cross_entropy(ours.logits, batch["labels"])
+    expected += 0.3 * soft_loss(ours.logits, theirs.logits, batch["labels"] >= 0, 3.0) / 8
+    if method != "kd":
+        kind = METHODS[method].layer_map
+        layer_map = make_layer_map(kind, 3, 4, torch.Generator().manual_seed(4))
+        kept = 2 if method.startswith("pkd") else 3
+        expected += 0.7 * alp_loss(
+            ours.hidden_states[1 : 1 + kept], theirs.hidden_states[1:], batch["attention_mask"], pooling=pooling,
+            layer_map=layer_map[:kept], scale=0.0 if method == "uniform" else 0.4,
+            normalize=method.startswith("pkd") or method == "rail", backend="reference",
+        )  # fmt: skip
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_loss_is_the_divergence_of_softened_logits():
+    generator = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    p, q = (t / 4).softmax(-1), (s / 4).softmax(-1)
+    each = 16 * (p * (p / q).log()).sum(-1)
+    counted = torch.tensor([True, True, False, True, False])
+    torch.testing.assert_close(soft_loss(s, t, counted, 4.0).double(), each[counted].sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_learns_and_logs_every_part_under_its_name(tmp_path):
+    trainer = make_trainer(tmp_path, method="alp-po", arguments={"num_train_epochs": 6})
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if "alp_loss" in name)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    names = {"ce", "kd", "alp", "alp_layer_0", "alp_layer_1", "alp_entropy_0", "alp_entropy_1"}
+    for log in logs:
+        assert names <= set(log)
+        assert log["loss"] == pytest.approx(0.5 * log["ce"] + 0.5 * log["kd"] + log["alp"], rel=1e-4)
+        assert log["alp"] == pytest.approx(log["alp_layer_0"] + log["alp_layer_1"], rel=1e-4)
+        assert 0 <= log["alp_entropy_0"] <= math.log(3) + 1e-4
+    assert logs[-1]["alp"] < logs[0]["alp"]
+    assert trainer.layer_attention.shape == (2, 4)
+    torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_is_frozen_and_unchanged(tmp_path):
+    teacher = bert(seed=1, hidden_dropout_prob=0.5)
+    teacher.train()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make_trainer(tmp_path, teacher=teacher, method="alp", arguments={"max_steps": 2})
+    trainer.train()
+    assert not teacher.training
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_evaluation_is_the_trainers_own(tmp_path):
+    trainer = make_trainer(tmp_path, method="alp")
+    plain = Trainer(
+        copy.deepcopy(trainer.model), trainer.args, eval_dataset=ROWS, processing_class=TOKENIZER
+    )
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("method", ["alp", "kd"])
+def test_saved_student_is_plain(method, tmp_path):
+    trainer = make_trainer(tmp_path / "run", method=method, arguments={"max_steps": 1})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "student"))
+    batch = trainer.data_collator(ROWS[:4])
+    code = (
+        "import sys, torch; sys.modules['alpkd_fast'] = None\n"
+        "from transformers import AutoModelForSequenceClassification\n"
+        "model, info = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not any(info.values()), info\n"
+        "print(model.eval()(torch.tensor([[2, 5, 3]])).logits.flatten().tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "student"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = trainer.model.eval()(torch.tensor([[2, 5, 3]])).logits.flatten().tolist()
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
+    assert (tmp_path / "student" / PROJECTION_FILE).exists() == (method == "alp")
+    assert set(load_file(tmp_path / "student" / "model.safetensors")) == {
+        name for name in trainer.model.state_dict() if not name.startswith("alp_loss")
+    }
+    assert batch is not None
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            control.should_save, control.should_training_stop = True, True
+
+
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+@pytest.mark.parametrize("method", ["alp", "rail"])
+def test_resumed_run_ends_where_an_uninterrupted_one_does(method, sampling, tmp_path):
+    """Stopped inside the second epoch: weights, φ, optimizer, order of the rows and RAIL-KD's map go on."""
+    arguments = {"num_train_epochs": 3, "train_sampling_strategy": sampling}
+    whole = make_trainer(tmp_path / "whole", method=method, arguments=arguments)
+    whole.train()
+    first = make_trainer(tmp_path / "cut", method=method, arguments=arguments, callbacks=[StopAt(5)])
+    first.train()
+    assert first.state.global_step == 5 < whole.state.max_steps
+    again = make_trainer(tmp_path / "cut", method=method, arguments=arguments)
+    again.train(resume_from_checkpoint=True)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_resume_without_the_projection_says_so(tmp_path):
+    trainer = make_trainer(tmp_path, method="alp", callbacks=[StopAt(1)])
+    trainer.train()
+    (tmp_path / "checkpoint-1" / PROJECTION_FILE).unlink()
+    with pytest.raises(ValueError, match=r"has no alp_projection\.safetensors"):
+        make_trainer(tmp_path, method="alp").train(resume_from_checkpoint=True)
+
+
+def test_rail_draws_a_map_for_each_epoch(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model=None, **_):
+            seen.append(model.alp_loss.options["layer_map"])
+
+    make_trainer(tmp_path, method="rail", seed=3, callbacks=[Watch()], arguments={"num_train_epochs": 4}).train()
+    generator = torch.Generator().manual_seed(3)
+    assert seen == [make_layer_map("random", 2, 4, generator) for _ in range(4)]
+    assert len(set(seen)) > 1
+
+
+def test_masked_language_model(tmp_path):
+    teacher = masked_lm(seed=1)
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.3)
+    trainer = make_trainer(
+        tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, collator=collator, method="alp",
+        arguments={"num_train_epochs": 8},
+    )  # fmt: skip
+    assert trainer.pooling == "token"
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+@pytest.mark.parametrize("pooling", ["token", "last"])
+def test_decoder_with_activation_checkpointing(pooling, tmp_path):
+    """Shifted labels, and the same gradients as without checkpointing."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (8, 9)).tolist()]
+    gradients = []
+    for checkpointing in (False, True):
+        teacher = make_model("llama", "ForCausalLM", seed=1)
+        trainer = make_trainer(
+            tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, method="alp", pooling=pooling,
+            arguments={"activation_checkpointing": checkpointing}, collator=lambda rows: {
+                name: torch.tensor([row[name] for row in rows]) for name in rows[0]
+            },
+        )  # fmt: skip
+        if checkpointing:
+            trainer.model.activation_checkpointing_enable()
+        trainer.model.train()
+        batch = trainer.data_collator(rows)
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+        with torch.no_grad():
+            logits = trainer.model(input_ids=batch["input_ids"]).logits
+        ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        torch.testing.assert_close(trainer._sums["ce"], ce)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_regression(tmp_path):
+    teacher = bert(seed=1, num_labels=1)
+    rows = [{**row, "labels": float(row["labels"])} for row in ROWS]
+    student = student_from_teacher(teacher, 2)
+    trainer = make_trainer(tmp_path, student, teacher, rows=rows, method="kd", ce_weight=1.0, kd_weight=2.0)
+    batch = dict(trainer.data_collator(rows[:8]))
+    student.train()
+    loss = trainer.compute_loss(student, dict(batch))
+    labels = batch.pop("labels")
+    ours, theirs = student(**batch).logits[:, 0], teacher(**batch).logits[:, 0]
+    expected = (ours - labels).square().mean() + 2 * (ours - theirs).square().mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_without_labels(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    trainer = make_trainer(tmp_path, rows=rows, method="alp", ce_weight=0.0, arguments={"max_steps": 2})
+    trainer.train()
+    with pytest.raises(ValueError, match="ce_weight is above 0, but the batch has no labels"):
+        make_trainer(tmp_path, rows=rows, method="alp", arguments={"max_steps": 1}).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "student", "message"),
+    [
+        ({"method": "pkd-skip"}, {"num_layers": 1}, "leaves the last student layer out"),
+        ({"method": "alp", "projection": "none"}, {"num_layers": 2, "hidden_size": 16}, 'projection="none"'),
+        ({"method": "alp", "student_layers": [0, 2]}, {"num_layers": 2}, r"student_layers: got \[0, 2\]"),
+        ({"method": "alp", "layer_map": [[0]]}, {"num_layers": 2}, "layer_map: got 1 rows, but 2 student layers"),
+        ({"method": "skip"}, {"num_layers": 2}, "method: got 'skip'"),
+    ],
+)
+def test_refuses_what_does_not_fit(options, student, message, tmp_path):
+    teacher = bert(seed=1)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, student_from_teacher(teacher, **student), teacher, **options)
+
+
+def test_refuses_a_teacher_of_other_outputs(tmp_path):
+    trainer = make_trainer(tmp_path, teacher=bert(seed=1), student=bert(2, num_labels=3), method="kd")
+    with pytest.raises(ValueError, match="both need the same outputs"):
+        trainer.train()
+
+
+def test_needs_a_teacher(tmp_path):
+    with pytest.raises(ValueError, match="teacher: got None"):
+        DistillationTrainer(bert(), None, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_loads_by_auto_class(tmp_path):
+    trainer = make_trainer(tmp_path / "run", method="alp", arguments={"max_steps": 1})
+    trainer.model.save_pretrained(tmp_path / "direct")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "direct").config.num_hidden_layers == 2
