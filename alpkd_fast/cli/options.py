@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,6 @@ def chosen_layers(args: argparse.Namespace) -> str | list[int]:
 
 
 def chosen_task(args: argparse.Namespace) -> Task:
-    from dataclasses import replace
-
     task = TASKS[args.task]
     changes: dict[str, Any] = {}
     if args.text_columns is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.extras import require
 
     require("transformers", "alpkd sweep")
+    from ..hf.teacher_cache import ROW_COLUMN, TeacherCache
     from .runs import plain
     from .sweep_report import report
     from .training import load_model, load_work, score
@@ -93,13 +96,18 @@ def run(args: argparse.Namespace) -> int:
         if not 1 <= depth <= teacher.config.num_hidden_layers:
             raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {teacher.config.num_hidden_layers}")
     _start(output, settings, work, score(teacher, work))
+    cache = None if work.task.kind == "mlm" else TeacherCache()
+    for number, row in enumerate(work.train):
+        row[ROW_COLUMN] = number
     runs = [(depth, seed, text) for seed in args.seeds for depth in args.depths for text in methods]
     for number, (depth, seed, text) in enumerate(runs, start=1):
         path = run_path(output, text, depth, seed)
         if path.exists():
             continue
         title = f"[{number}/{len(runs)}] {text}, {depth} layers, seed {seed}"
-        if not _one_run(args, configs[text, seed], teacher, work, layers, depth, seed, path, title):
+        config = configs[text, seed]
+        shared = None if config.pooling == "token" else cache
+        if not _one_run(args, config, teacher, shared, work, layers, depth, seed, path, title):
             print(f"interrupted in {title}; the same command goes on with that run")
             return 130
     return report(args, output, list(methods), work)
@@ -111,8 +119,6 @@ def run_path(output: Path, text: str, depth: int, seed: int) -> Path:
 
 
 def _check_settings(output: Path, settings: dict[str, Any]) -> None:
-    import json
-
     path = output / "sweep.json"
     if not path.exists():
         return
@@ -144,6 +150,7 @@ def _one_run(
     args: argparse.Namespace,
     config: DistillationConfig,
     teacher: Any,
+    cache: Any,
     work: Any,
     layers: str | list[int],
     depth: int,
@@ -164,22 +171,24 @@ def _one_run(
     set_seed(seed)
     student = student_from_teacher(teacher, depth, layers, hidden_size=args.hidden_size)
     interrupt = CheckpointOnInterrupt(save=False)
-    trainer = DistillationTrainer(
-        student,
-        teacher,
-        distillation=config,
-        args=training_arguments(args, path.parent / "unused", seed, save_steps=None),
-        train_dataset=work.train,
-        data_collator=work.collator,
-        processing_class=work.tokenizer,
-        callbacks=[interrupt, ProgressBar(title, Console())],
-    )
-    trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    try:
-        trainer.train()
-    finally:
-        interrupt.restore()
+    with tempfile.TemporaryDirectory() as folder:  # the Trainer wants one, but nothing is saved
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            distillation=config,
+            teacher_cache=cache,
+            args=training_arguments(args, Path(folder), seed, save_steps=None),
+            train_dataset=work.train,
+            data_collator=work.collator,
+            processing_class=work.tokenizer,
+            callbacks=[interrupt, ProgressBar(title, Console())],
+        )
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        try:
+            trainer.train()
+        finally:
+            interrupt.restore()
     if interrupt.interrupted:
         return False
     seconds = time.perf_counter() - started

@@ -25,7 +25,7 @@ def report(args: argparse.Namespace, output: Path, methods: Sequence[str], work:
     main = work.task.main_metric
     score = teacher["teacher"]["metrics"][main]
     write_json(output / "summary.json", {"metric": main, "teacher": score, "rows": rows})
-    header = ("method", "layers", f"{main}: mean ± sd", f"{BASELINE} + (95 % interval)", "", "attention entropy", "s")
+    header = ("method", "layers", main, f"against {BASELINE}", "95 % interval", "entropy", "seconds", "")
     cells = [_cells(row) for row in rows]
     print_table(f"{work.task.name}: teacher {100 * score:.1f}", header, cells)
     lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
@@ -97,10 +97,11 @@ def paired_interval(
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
-    difference, verdict = "", ""
+    difference, interval, verdict = "", "", ""
     if row["interval"] is not None:
         low, high = row["interval"]
-        difference = f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        difference = f"{100 * row['difference']:+.1f}"
+        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
         verdict = "not distinguishable" if low <= 0 <= high else ("better" if low > 0 else "worse")
     entropy = "" if row["entropy"] is None else f"{row['entropy']:.2f}"
     return (
@@ -108,9 +109,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         str(row["depth"]),
         f"{100 * row['mean']:.1f}{spread}",
         difference,
-        verdict,
+        interval,
         entropy,
         f"{row['seconds']:.0f}",
+        verdict,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def load_work(args: argparse.Namespace, model_folder: str) -> Work:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     task = chosen_task(args)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = _pretrained(transformers.AutoTokenizer, model_folder)
     rows = load_rows(args.data, task, "train", args.train_rows), load_rows(args.data, task, task.validation_split)
     if task.kind == "classification" and task.num_labels is None:
         task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in rows[0]))
@@ -58,15 +59,22 @@ def load_model(folder: str, task: Task, new_head: bool) -> PreTrainedModel:
     """Load a model with the task's head: a new one for fine-tuning, else the one that was trained."""
     transformers = require("transformers", "training")
     if task.kind == "mlm":
-        return transformers.AutoModelForMaskedLM.from_pretrained(folder)  # type: ignore[no-any-return]
-    head = {"num_labels": task.num_labels} if new_head else {}
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **head)
+        return _pretrained(transformers.AutoModelForMaskedLM, folder)  # type: ignore[no-any-return]
+    head = {"num_labels": task.num_labels, "ignore_mismatched_sizes": True} if new_head else {}
+    model = _pretrained(transformers.AutoModelForSequenceClassification, folder, **head)
     if model.config.num_labels != task.num_labels:
         raise ValueError(
             f"--teacher: {folder} has {model.config.num_labels} outputs, task {task.name} needs {task.num_labels}; "
             "fine-tune it with alpkd finetune first"
         )
     return model  # type: ignore[no-any-return]
+
+
+def _pretrained(auto: Any, folder: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(folder, **options)
+    except OSError as error:
+        raise ValueError(f"{folder} is neither a folder with a transformers model nor a hub name: {error}") from error
 
 
 def training_arguments(args: argparse.Namespace, folder: Path, seed: int, save_steps: int | None) -> TrainingArguments:
@@ -89,6 +97,7 @@ def training_arguments(args: argparse.Namespace, folder: Path, seed: int, save_s
         save_steps=save_steps or 500,
         save_total_limit=1,
         logging_steps=10,
+        logging_first_step=True,
         report_to="none",
         disable_tqdm=True,
     )
@@ -128,8 +137,6 @@ def _score_masked(model: PreTrainedModel, work: Work) -> dict[str, float]:
 
 
 def _known(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    import inspect
-
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}
 

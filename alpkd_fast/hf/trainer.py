@@ -20,6 +20,7 @@ from .config import DistillationConfig
 from .data import LengthGroupedSampler
 from .losses import hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
+from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
 
 LOSS_NAME = "alp_loss"  # the student's submodule that holds φ
 PROJECTION_FILE = "alp_projection.safetensors"
@@ -46,6 +47,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         teacher: a model that takes the same tokens and gives logits of the same shape. It is frozen, set to eval,
             moved to the device and prepared by Accelerate.
         distillation: the losses and their options.
+        teacher_cache: reuse the teacher's outputs for rows seen before; the training data then needs a column "row"
+            of row numbers, and the pooling must not be "token".
         **trainer_arguments: everything else that ``transformers.Trainer`` takes.
 
     Gradients do not depend on how a global batch is cut into accumulation steps and ranks: every loss is divided by
@@ -72,12 +75,14 @@ class DistillationTrainer(LengthGroupedTrainer):
         args: Any = None,
         *,
         distillation: DistillationConfig | None = None,
+        teacher_cache: TeacherCache | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if teacher is None:
             raise ValueError("teacher: got None; pass a transformers model that is trained for the task")
         self.distillation = distillation or DistillationConfig()
         self.teacher = teacher
+        self._teacher_cache = teacher_cache
         self.layer_attention: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._attention_sum: Tensor | None = None
@@ -107,6 +112,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""
         options, teacher = self.distillation, self.teacher
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
+        if self._teacher_cache is not None and self.pooling == "token":
+            raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
         if not options.uses_hidden_states:
             return student
         chosen = _chosen("student_layers", options.student_layers, student.config.num_hidden_layers)
@@ -187,7 +194,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
         mask = _attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
-        teacher_logits, teacher_rows = self._run_teacher(inputs)
+        teacher_logits, teacher_rows = self._teacher_outputs(inputs)
         outputs, alp = self._run_student(model, inputs, mask, teacher_rows, counts[1])
         loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
         if alp is not None:
@@ -196,7 +203,13 @@ class DistillationTrainer(LengthGroupedTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _run_teacher(self, inputs: Inputs) -> tuple[Tensor, list[Tensor] | None]:
+    def _teacher_outputs(self, inputs: Inputs) -> Outputs:
+        if self._teacher_cache is None:
+            return self._run_teacher(inputs)
+        kind = (self.pooling, *self._teacher_layers) if self.distillation.uses_hidden_states else None
+        return self._teacher_cache.get(kind, inputs[ROW_COLUMN], lambda: self._run_teacher(inputs))
+
+    def _run_teacher(self, inputs: Inputs) -> Outputs:
         """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
         own = _accepted(inputs, self._teacher_inputs)
         with torch.no_grad():
@@ -321,7 +334,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         if self._signature_columns is None:  # keep what only the teacher takes, such as token_type_ids
             super()._set_signature_columns_if_needed()
             known = set(self._signature_columns)
-            self._signature_columns += [name for name in self._teacher_inputs if name not in known]
+            self._signature_columns += [name for name in (*self._teacher_inputs, ROW_COLUMN) if name not in known]
 
 
 def count_rows(mask: Tensor, pooling: str) -> Tensor:

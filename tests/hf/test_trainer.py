@@ -27,13 +27,15 @@ from alpkd_fast.hf.data import encode
 from alpkd_fast.hf.losses import soft_loss
 from alpkd_fast.hf.methods import METHODS
 from alpkd_fast.hf.tasks import TASKS
+from alpkd_fast.hf.teacher_cache import TeacherCache
 from alpkd_fast.hf.trainer import PROJECTION_FILE
 
 TOKENIZER = make_tokenizer()
 ROWS = encode(sentences(24, seed=1), TASKS["sst2"], TOKENIZER, 32)
 
 
-def make_trainer(folder, student=None, teacher=None, callbacks=None, rows=ROWS, collator=None, arguments=None, **options):
+def make_trainer(folder, student=None, teacher=None, callbacks=None, rows=ROWS, collator=None, arguments=None,
+                 teacher_cache=None, **options):
     teacher = bert(seed=1) if teacher is None else teacher
     if student is None:
         torch.manual_seed(2)
@@ -47,6 +49,7 @@ def make_trainer(folder, student=None, teacher=None, callbacks=None, rows=ROWS, 
             **{**values, **(arguments or {})},
         ),  # fmt: skip
         distillation=DistillationConfig(**options),
+        teacher_cache=teacher_cache,
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=collator,
@@ -296,3 +299,24 @@ def test_loads_by_auto_class(tmp_path):
     trainer = make_trainer(tmp_path / "run", method="alp", arguments={"max_steps": 1})
     trainer.model.save_pretrained(tmp_path / "direct")
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "direct").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("method", ["kd", "alp"])
+def test_teacher_cache_changes_nothing_and_spares_the_teacher(method, tmp_path):
+    rows = [{**row, "row": number} for number, row in enumerate(ROWS)]
+    cache, results, calls = TeacherCache(), [], []
+    for shared in (None, cache, cache):
+        trainer = make_trainer(tmp_path, rows=rows, method=method, pooling="mean", teacher_cache=shared)
+        trainer.teacher.register_forward_hook(lambda *_: calls.append(1))
+        trainer.train()
+        results.append((trainer.model.state_dict(), len(calls)))
+        calls.clear()
+    assert [count for _, count in results] == [6, 3, 0]  # two epochs of three batches; one of them; none
+    for state, _ in results[1:]:
+        for name, value in results[0][0].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_teacher_cache_refuses_every_token(tmp_path):
+    with pytest.raises(ValueError, match='teacher_cache: pooling "token" would keep every token'):
+        make_trainer(tmp_path, method="alp", pooling="token", teacher_cache=TeacherCache())

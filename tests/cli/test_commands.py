@@ -1,0 +1,173 @@
+"""finetune, distill and sweep on a tiny model: what they leave, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("transformers", reason="needs the extra [hf]")
+from tiny import sentences, write_jsonl
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer
+
+from alpkd_fast.cli.main import main
+
+
+def options(folder, teacher, output, *more, task="sst2"):
+    return [
+        "--teacher", str(teacher), "--task", task, "--data", str(folder / "data"), "--output", str(output), "--cpu",
+        "--batch-size", "16", "--learning-rate", "1e-3", *more,
+    ]  # fmt: skip
+
+
+def test_finetune_makes_a_teacher(teacher):
+    result = json.loads((teacher / "metrics.json").read_text())
+    assert result["metrics"]["accuracy"] > 0.9
+    assert result["settings"]["task"] == "sst2"
+    assert {"python", "torch", "transformers"} <= set(result["versions"])
+    assert (teacher / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (teacher / "checkpoints").exists()
+
+
+def test_distill_leaves_student_metrics_and_plots(folder, teacher, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("method: alp-no\ndepth: 2\nepochs: 3\nseed: 3\n")
+    assert main(["distill", "--config", str(config), *options(folder, teacher, tmp_path / "student")]) == 0
+    result = json.loads((tmp_path / "student" / "metrics.json").read_text())
+    assert result["metrics"]["accuracy"] > 0.9
+    assert (result["settings"]["method"], result["settings"]["seed"]) == ("alp-no", 3)
+    assert result["steps"] == 36
+    attention = result["layer_attention"]
+    assert [[w > 0 for w in row] for row in attention] == [[True, True, False, False], [False, False, True, True]]
+    assert any("eval_accuracy" in log for log in result["history"])
+    for name in ("curves.png", "attention.png"):
+        assert (tmp_path / "student" / name).read_bytes().startswith(b"\x89PNG")
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert student.config.num_hidden_layers == 2
+    assert "accuracy" in capsys.readouterr().out
+    assert main(["distill", "--config", str(config), *options(folder, teacher, tmp_path / "student")]) == 2
+    assert "holds a run already: it is finished" in capsys.readouterr().err
+
+
+def test_distill_masked_language_model(folder, tmp_path):
+    argv = options(folder, folder / "masked", tmp_path / "student", "--epochs", "1", "--depth", "2", task="mlm")
+    assert main(["distill", *argv]) == 0
+    result = json.loads((tmp_path / "student" / "metrics.json").read_text())
+    assert set(result["metrics"]) == {"accuracy", "loss"}
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 2
+
+
+def test_regression_with_two_sentences(folder, tmp_path):
+    data = ["--task", "stsb", "--data", str(folder / "data"), "--cpu", "--epochs", "2", "--batch-size", "16"]
+    assert main(["finetune", "--model", str(folder / "model"), "--output", str(tmp_path / "t"), *data]) == 0
+    argv = options(folder, tmp_path / "t", tmp_path / "s", "--epochs", "1", "--depth", "2", task="stsb")
+    assert main(["distill", *argv]) == 0
+    assert set(json.loads((tmp_path / "s" / "metrics.json").read_text())["metrics"]) == {"pearson", "spearman"}
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resume_takes_up(folder, teacher, tmp_path, capsys):
+    argv = ["distill", *options(folder, teacher, tmp_path / "run", "--depth", "2", "--epochs", "20", "--save-steps", "5")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "alpkd_fast.cli.main", *argv]
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = tmp_path / "run" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert f"interrupted after step {step} of 240" in " ".join(err.split())
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+    assert main(argv) == 2  # neither overwritten nor taken up without being asked
+    assert "pass --resume to go on" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    steps = [log["step"] for log in result["history"] if "loss" in log]
+    assert steps == [1, *range(10, 241, 10)]
+    assert result["steps"] == 240
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_resume_without_a_checkpoint(folder, teacher, tmp_path, capsys):
+    assert main(["distill", *options(folder, teacher, tmp_path / "run"), "--resume"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, capsys):
+    methods = ["kd", "alp", "alp:scale=1,pooling=mean"]
+    argv = ["sweep", *options(folder, teacher, tmp_path / "out", "--epochs", "1"), "--methods", *methods, "--depths", "1", "2"]
+    argv += ["--seeds", "0", "1", "--resamples", "50"]
+    calls = []
+    training_step = Trainer.training_step
+
+    def interrupted_in_the_second_run(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 15:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted_in_the_second_run)
+    assert main(argv) == 130
+    runs = tmp_path / "out" / "runs"
+    (done,) = runs.iterdir()
+    written = done.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+    assert main([*argv, "--temperature", "2"]) == 2
+    assert "was begun with 5.0, got 2.0" in capsys.readouterr().err
+
+    assert main(argv) == 0
+    assert len(list(runs.iterdir())) == 3 * 2 * 2
+    assert done.stat().st_mtime_ns == written
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(row["method"], row["depth"]) for row in summary["rows"]] == [(m, d) for d in (1, 2) for m in methods]
+    for row in summary["rows"]:
+        assert len(row["values"]) == 2
+        assert (row["interval"] is None) == (row["method"] == "kd")
+    assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == 2 + 6
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--depth", "9"], "num_layers: got 9; allowed are 1 to the teacher's 4"),
+        (["--depth", "1", "--method", "pkd-skip"], "leaves the last student layer out"),
+        (["--text-columns", "text"], "has no column 'text'; it has sentence, label, idx"),
+        (["--text-columns", "a", "b", "c"], "takes at most two"),
+    ],
+)
+def test_distill_refuses(folder, teacher, tmp_path, more, message, capsys):
+    assert main(["distill", *options(folder, teacher, tmp_path / "run", *more)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_distill_refuses_missing_folders(folder, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = options(folder, teacher, tmp_path / "run")
+    argv[argv.index("--data") + 1] = str(tmp_path)
+    assert main(["distill", *argv]) == 2
+    assert "has no train with one of .jsonl" in capsys.readouterr().err
+    assert main(["distill", *options(folder, tmp_path / "nothing", tmp_path / "run")]) == 2
+    assert "is neither a folder with a transformers model" in capsys.readouterr().err
+
+
+def test_teacher_of_another_task(folder, tmp_path, capsys):
+    rows = [{**row, "label": index % 3} for index, row in enumerate(sentences(30))]
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    argv = ["distill", *options(folder, folder / "model", tmp_path / "run", "--text-columns", "sentence")]
+    argv[argv.index("--data") + 1] = str(tmp_path / "data")
+    argv[argv.index("--task") + 1] = "classification"
+    assert main(argv) == 2
+    assert "has 2 outputs, task classification needs 3" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""Wrong options fail at once and say what is allowed; a missing extra gives the pip command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from alpkd_fast.cli.main import main
+from alpkd_fast.cli.options import with_config_file
+
+DISTILL = ["distill", "--teacher", "nowhere", "--task", "sst2", "--data", "nowhere", "--output", "unused"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*DISTILL, "--method", "pkd"], "choose from"),
+        ([*DISTILL, "--pooling", "max"], "choose from"),
+        ([*DISTILL, "--epochs", "0"], "above 0"),
+        ([*DISTILL, "--batch-size", "1.5"], "whole and above 0"),
+        ([*DISTILL, "--kd-weight", "much"], "of at least 0"),
+        ([*DISTILL, "--warmup", "2"], "from 0 to 1"),
+        ([*DISTILL, "--methd", "alp"], "unrecognized arguments: --methd"),
+        (["distill", "--task", "sst3"], "choose from"),
+        (["distill"], "the following arguments are required: --teacher"),
+        (["train"], "choose from"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_the_parser_refuses(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*DISTILL, "--method", "uniform", "--scale", "1"], "method 'uniform' fixes it to 0"),
+        ([*DISTILL, "--layers", "even"], "allowed are skip, first, last or indices"),
+        ([*DISTILL, "--config", "missing.yaml"], "--config: there is no file missing.yaml"),
+        (["sweep", *DISTILL[1:], "--methods", "pkd"], "--methods: got 'pkd'; allowed are kd"),
+        (["sweep", *DISTILL[1:], "--methods", "alp:tau=1"], "sets 'tau'; allowed are scale"),
+        (["sweep", *DISTILL[1:], "--methods", "alp:scale=big"], "scale the value 'big'"),
+        (["sweep", *DISTILL[1:], "--methods", "alp:pooling=max"], "pooling: got 'max'; allowed are"),
+    ],
+)
+def test_the_commands_refuse_before_loading(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in ("distill", "finetune", "sweep", "info"))])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 0
+    assert "usage: alpkd" in capsys.readouterr().out
+
+
+def test_config_file_comes_before_the_command_line(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("task: sst2\nnormalize: false\ncpu: true\nlayers: [1, 3]\nscale: null\nalp-weight: 10\n")
+    argv = with_config_file(["distill", "--config", str(path), "--task", "cola"])
+    assert argv == [
+        "distill", "--task", "sst2", "--no-normalize", "--cpu", "--layers", "1", "3", "--alp-weight", "10", "--task", "cola"
+    ]  # fmt: skip
+
+
+def test_config_file_with_a_wrong_name(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("tasks: sst2\n")
+    with pytest.raises(SystemExit):
+        main([*DISTILL, "--config", str(path)])
+    assert "unrecognized arguments: --tasks" in capsys.readouterr().err
+
+
+def run_without(modules, *argv):
+    code = f"import sys\nfor m in {modules}: sys.modules[m] = None\nfrom alpkd_fast.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120)
+
+
+EXTRA = ["transformers", "accelerate", "datasets", "sklearn", "scipy", "matplotlib", "rich", "yaml", "numpy", "safetensors"]
+
+
+def test_info_needs_torch_alone():
+    done = run_without(EXTRA, "info")
+    assert done.returncode == 0, done.stderr
+    assert "backend reference: usable" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["distill", "sweep", "finetune"])
+def test_missing_extra_gives_the_pip_command(command):
+    argv = ["--model" if word == "--teacher" and command == "finetune" else word for word in DISTILL[1:]]
+    done = run_without(EXTRA, command, *argv)
+    assert done.returncode == 2
+    assert 'transformers, which is not installed: pip install "alpkd-fast[hf]"' in done.stderr
+    assert "Traceback" not in done.stderr
