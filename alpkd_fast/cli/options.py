@@ -153,7 +153,7 @@ def chosen_task(args: argparse.Namespace) -> Task:
     changes: dict[str, Any] = {}
     if args.text_columns is not None:
         if len(args.text_columns) > (1 if task.kind == "mlm" else 2):
-            raise ValueError(f"--text-columns: got {len(args.text_columns)}; task {task.name} takes at most two, mlm one")
+            raise ValueError(f"--text-columns: got {len(args.text_columns)}; a task takes at most two, mlm one")
         changes["text_columns"] = tuple(args.text_columns)
     if args.label_column is not None:
         changes["label_column"] = args.label_column

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..hf.extras import require
-from .info import versions
+from ..info import report
 from .report import plot_attention, plot_curves, print_table, write_json
 from .training import Work, final_score, metrics_function, training_arguments
 
@@ -83,7 +83,7 @@ def train_and_report(
             "steps": trainer.state.global_step,
             "train_seconds": seconds,
             "settings": settings,
-            "versions": versions(),
+            "environment": report(),
             "layer_attention": None if attention is None else attention.tolist(),
             "history": trainer.state.log_history,
         },

@@ -51,7 +51,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         try:
             changes[option] = _VARIANT_OPTIONS[option](value)
         except (KeyError, ValueError):
-            raise ValueError(f"--methods: {text!r} gives {option} the value {value!r}, which it does not take") from None
+            raise ValueError(f"--methods: {text!r} gives {option} the value {value!r}; it takes no such one") from None
     return name, changes
 
 
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     work = load_work(args, args.teacher)
     teacher = load_model(args.teacher, work.task, new_head=False)
     for depth in args.depths:
-        if not 1 <= depth <= teacher.config.num_hidden_layers:
-            raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {teacher.config.num_hidden_layers}")
+        if not 1 <= depth <= (deepest := teacher.config.num_hidden_layers):
+            raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {deepest}")
     _start(output, settings, work, score(teacher, work))
     cache = None if work.task.kind == "mlm" else TeacherCache()
     for number, row in enumerate(work.train):
@@ -133,7 +133,7 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _start(output: Path, settings: dict[str, Any], work: Any, scored: tuple[dict[str, float], list[float]]) -> None:
-    from .info import versions
+    from ..info import report as environment
     from .report import write_json
 
     (output / "runs").mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _start(output: Path, settings: dict[str, Any], work: Any, scored: tuple[dict
     metrics, predictions = scored
     labels = [row.get("labels") for row in work.validation] if predictions else []
     teacher = {"metrics": metrics, "predictions": predictions}
-    facts = {"settings": settings, "versions": versions(), "teacher": teacher, "labels": labels}
+    facts = {"settings": settings, "environment": environment(), "teacher": teacher, "labels": labels}
     write_json(output / "sweep.json", facts)
 
 

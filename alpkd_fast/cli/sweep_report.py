@@ -18,8 +18,9 @@ def report(args: argparse.Namespace, output: Path, methods: Sequence[str], work:
     """Summarise the finished runs into summary.json, table.md and sweep.png."""
     teacher = json.loads((output / "sweep.json").read_text())
     rows = [
-        _row(method, depth, _runs(output, method, depth, args.seeds), _runs(output, BASELINE, depth, args.seeds), work, args)
+        _row(method, depth, _runs(output, method, depth, args.seeds), baseline, work, args.resamples)
         for depth in args.depths
+        for baseline in (_runs(output, BASELINE, depth, args.seeds),)
         for method in methods
     ]
     main = work.task.main_metric
@@ -40,13 +41,13 @@ def _runs(output: Path, method: str, depth: int, seeds: Sequence[int]) -> list[d
 
 
 def _row(
-    method: str, depth: int, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], work: Work, args: argparse.Namespace
+    method: str, depth: int, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], work: Work, resamples: int
 ) -> dict[str, Any]:
     np = require("numpy", "the table")
     main = work.task.main_metric
     values = [run["metrics"][main] for run in runs]
     entropies = [v for run in runs for k, v in (run["last_log"] or {}).items() if k.startswith("alp_entropy")]
-    row = {
+    row: dict[str, Any] = {
         "method": method,
         "depth": depth,
         "values": values,
@@ -59,13 +60,13 @@ def _row(
     }
     if method != BASELINE and len(baseline) == len(runs) and runs[0]["predictions"]:
         labels = np.array([example["labels"] for example in work.validation])
-        predictions = [np.array([run["predictions"] for run in group]) for group in (runs, baseline)]
+        ours, theirs = (np.array([run["predictions"] for run in group]) for group in (runs, baseline))
 
         def metric(predicted: Any, truth: Any) -> float:
             return work.task.metric(predicted, truth)[main]
 
         row["difference"] = row["mean"] - float(np.mean([run["metrics"][main] for run in baseline]))
-        row["interval"] = paired_interval(metric, *predictions, labels, args.resamples)
+        row["interval"] = paired_interval(metric, ours, theirs, labels, resamples)
     return row
 
 
@@ -117,7 +118,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _plot(
-    path: Path, rows: list[dict[str, Any]], teacher: float, task: str, metric: str, methods: Sequence[str], depths: Sequence[int]
+    path: Path,
+    rows: list[dict[str, Any]],
+    teacher: float,
+    task: str,
+    metric: str,
+    methods: Sequence[str],
+    depths: Sequence[int],
 ) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -128,7 +135,8 @@ def _plot(
         means = [100 * of_method[d]["mean"] for d in depths]
         axis.errorbar(at, means, [100 * (of_method[d]["sd"] or 0) for d in depths], fmt="o", capsize=3, label=method)
         for x, d in zip(at, depths, strict=True):
-            axis.plot([x] * len(of_method[d]["values"]), [100 * v for v in of_method[d]["values"]], "k.", ms=3, alpha=0.4)
+            values = [100 * v for v in of_method[d]["values"]]
+            axis.plot([x] * len(values), values, "k.", ms=3, alpha=0.4)
     axis.axhline(100 * teacher, color="gray", ls="--", lw=1, label="teacher")
     axis.set(xticks=range(len(depths)), xlabel="student layers", ylabel=f"{task} {metric} × 100")
     axis.set_xticklabels(list(depths))

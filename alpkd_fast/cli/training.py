@@ -103,7 +103,7 @@ def training_arguments(args: argparse.Namespace, folder: Path, seed: int, save_s
     )
 
 
-def score(model: PreTrainedModel, work: Work) -> tuple[dict[str, float], list[float]]:
+def score(model: Any, work: Work) -> tuple[dict[str, float], list[float]]:
     """Evaluate on the validation rows; return the metrics, and one prediction per row in the file's order.
 
     For "mlm" the metrics are over the masked tokens, and there is no prediction per row.
@@ -122,7 +122,7 @@ def score(model: PreTrainedModel, work: Work) -> tuple[dict[str, float], list[fl
     return work.task.score(logits.numpy(), labels), predictions.tolist()
 
 
-def _score_masked(model: PreTrainedModel, work: Work) -> dict[str, float]:
+def _score_masked(model: Any, work: Work) -> dict[str, float]:
     loss, correct, count = 0.0, 0, 0
     with torch.no_grad():
         for _, batch in work.batches:
@@ -136,7 +136,7 @@ def _score_masked(model: PreTrainedModel, work: Work) -> dict[str, float]:
     return {"accuracy": correct / max(count, 1), "loss": loss / max(count, 1)}
 
 
-def _known(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _known(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}
 

@@ -69,7 +69,13 @@ def _read_parquet(path: Path) -> Rows:
     return rows
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _from_hub(source: str, task: Task, split: str) -> Rows:

@@ -45,8 +45,8 @@ def epoch_layer_map(
     """Return the layer map of an epoch, one row per student layer that takes part.
 
     A map by name is made for m layers, then ``drop_last`` leaves its last row out; a list is one row per
-    layer that takes part. A random map is the (epoch + 1)-th draw of a generator with this seed, so that every rank and every
-    resumed run draws the same maps.
+    layer that takes part. A random map is the (epoch + 1)-th draw of a generator with this seed, so that
+    every rank and every resumed run draws the same maps.
     """
     if not isinstance(layer_map, str):
         return tuple(tuple(layers) for layers in layer_map)

@@ -58,10 +58,11 @@ def student_from_teacher(
         if not hasattr(config, name):
             raise ValueError(f"config_changes: {type(config).__name__} has no value {name!r}")
         setattr(student_config, name, value)
-    student = type(teacher)(student_config)
+    student: Any = type(teacher)(student_config)
     if not fresh:
         _copy_layers(teacher, student, picks)
-    return student.to(device=teacher.device, dtype=teacher.dtype).train()
+    placed: PreTrainedModel = student.to(device=teacher.device, dtype=teacher.dtype).train()
+    return placed
 
 
 def _picks(layers: str | Sequence[int], m: int, n: int) -> list[int]:
@@ -106,8 +107,10 @@ def find_layers(model: nn.Module, count: int) -> str:
     """Return the name of the outermost ``nn.ModuleList`` of ``count`` blocks."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name
-    raise ValueError(f"teacher: {type(model).__name__} holds no nn.ModuleList of {count} layers; build the student by hand")
+            return str(name)
+    raise ValueError(
+        f"teacher: {type(model).__name__} holds no nn.ModuleList of {count} layers; build the student by hand"
+    )
 
 
 def _copy_layers(teacher: PreTrainedModel, student: PreTrainedModel, picks: list[int]) -> None:

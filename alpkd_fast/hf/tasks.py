@@ -69,9 +69,7 @@ TASKS = {
         Task("mrpc", "classification", _PAIR, num_labels=2, metric=_accuracy_and_f1),
         Task("qqp", "classification", ("question1", "question2"), num_labels=2, metric=_accuracy_and_f1),
         Task("stsb", "regression", _PAIR, num_labels=1, metric=_correlations, main_metric="pearson"),
-        Task(
-            "mnli", "classification", ("premise", "hypothesis"), num_labels=3, validation_split="validation_matched"
-        ),
+        Task("mnli", "classification", ("premise", "hypothesis"), num_labels=3, validation_split="validation_matched"),
         Task("qnli", "classification", ("question", "sentence"), num_labels=2),
         Task("rte", "classification", _PAIR, num_labels=2),
         Task("wnli", "classification", _PAIR, num_labels=2),

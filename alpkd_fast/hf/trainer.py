@@ -55,8 +55,8 @@ class DistillationTrainer(LengthGroupedTrainer):
     its count over all of them. Evaluation is the Trainer's own. What is saved is the plain student; the projection φ,
     where there is one, lies beside it in ``alp_projection.safetensors`` and is taken up on resume.
 
-    Logged, as means over the optimizer steps since the last log: ``ce``, ``kd``, ``alp``, ``alp_layer_{i}`` (each student
-    layer's share of ``alp``) and ``alp_entropy_{i}`` (entropy of its attention, in nats).
+    Logged, as means over the optimizer steps since the last log: ``ce``, ``kd``, ``alp``, ``alp_layer_{i}`` (each
+    student layer's share of ``alp``) and ``alp_entropy_{i}`` (entropy of its attention, in nats).
 
     Attributes:
         layer_attention: (m, n) mean attention of the last logged interval, or None before.
@@ -64,6 +64,8 @@ class DistillationTrainer(LengthGroupedTrainer):
     Raises:
         ValueError: models that do not fit each other or the options; the message says which and the remedy.
     """
+
+    model: Any  # transformers allows None
 
     # compute_loss divides by the counts of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -81,7 +83,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         if teacher is None:
             raise ValueError("teacher: got None; pass a transformers model that is trained for the task")
         self.distillation = distillation or DistillationConfig()
-        self.teacher = teacher
+        self.teacher: Any = teacher
         self._teacher_cache = teacher_cache
         self.layer_attention: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
@@ -95,7 +97,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported; start one process per GPU: "
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
-        teacher.eval().requires_grad_(False)
+        self.teacher.eval().requires_grad_(False)
         self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         self._student_inputs = _parameters_of(self.model.forward)
         self._teacher_inputs = _parameters_of(teacher.forward)
@@ -108,7 +110,7 @@ class DistillationTrainer(LengthGroupedTrainer):
     def call_model_init(self, trial: Any = None) -> Any:
         return self._attach(super().call_model_init(trial))
 
-    def _attach(self, student: PreTrainedModel) -> PreTrainedModel:
+    def _attach(self, student: Any) -> Any:
         """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""
         options, teacher = self.distillation, self.teacher
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
@@ -172,7 +174,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         for batch in batches:
             mask = _attention_mask(batch)
             counts += torch.stack([self._targets(batch, mask)[1].sum(), count_rows(mask, self.pooling)]).to(counts)
-        return self.accelerator.reduce(counts, "sum").clamp_min(1.0)
+        total: Tensor = self.accelerator.reduce(counts, "sum")
+        return total.clamp_min(1.0)
 
     def _targets(self, batch: Inputs, mask: Tensor) -> tuple[Tensor | None, Tensor]:
         """Labels aligned with the logits, or None; and which targets count."""
@@ -248,8 +251,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         options = self.distillation
         if logits.shape != teacher_logits.shape:
             raise ValueError(
-                f"teacher: its logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; both "
-                "need the same outputs and the same tokens"
+                f"teacher: its logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; "
+                "both need the same outputs and the same tokens"
             )
         if logits.dim() == 3:  # (B, S, V): only labelled tokens are worth a softmax over the vocabulary
             logits, teacher_logits = logits[counted], teacher_logits[counted]
@@ -310,7 +313,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         projection = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
         super()._save(output_dir, state_dict)
         if projection and self.args.should_save:
-            save_file(projection, Path(output_dir or self.args.output_dir) / PROJECTION_FILE)
+            save_file(projection, Path(output_dir or str(self.args.output_dir)) / PROJECTION_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -333,8 +336,8 @@ class DistillationTrainer(LengthGroupedTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # keep what only the teacher takes, such as token_type_ids
             super()._set_signature_columns_if_needed()
-            known = set(self._signature_columns)
-            self._signature_columns += [name for name in (*self._teacher_inputs, ROW_COLUMN) if name not in known]
+            columns = self._signature_columns or []
+            columns += [name for name in (*self._teacher_inputs, ROW_COLUMN) if name not in columns]
 
 
 def count_rows(mask: Tensor, pooling: str) -> Tensor:

@@ -32,5 +32,6 @@ def teacher(folder):
 
     options = ["--epochs", "5", "--learning-rate", "3e-3", "--batch-size", "16", "--cpu"]
     data = ["--task", "sst2", "--data", str(folder / "data")]
-    assert main(["finetune", "--model", str(folder / "model"), *data, "--output", str(folder / "teacher"), *options]) == 0
-    return folder / "teacher"
+    output = folder / "teacher"
+    assert main(["finetune", "--model", str(folder / "model"), *data, "--output", str(output), *options]) == 0
+    return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 np = pytest.importorskip("numpy")
-from alpkd_fast.cli.sweep_report import paired_interval
+paired_interval = pytest.importorskip("alpkd_fast.cli.sweep_report").paired_interval
 
 
 def accuracy(predicted, truth):

@@ -29,7 +29,7 @@ def test_finetune_makes_a_teacher(teacher):
     result = json.loads((teacher / "metrics.json").read_text())
     assert result["metrics"]["accuracy"] > 0.9
     assert result["settings"]["task"] == "sst2"
-    assert {"python", "torch", "transformers"} <= set(result["versions"])
+    assert {"python", "torch", "transformers"} <= set(result["environment"])
     assert (teacher / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (teacher / "checkpoints").exists()
 
@@ -71,7 +71,8 @@ def test_regression_with_two_sentences(folder, tmp_path):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resume_takes_up(folder, teacher, tmp_path, capsys):
-    argv = ["distill", *options(folder, teacher, tmp_path / "run", "--depth", "2", "--epochs", "20", "--save-steps", "5")]
+    more = ["--depth", "2", "--epochs", "20", "--save-steps", "5"]
+    argv = ["distill", *options(folder, teacher, tmp_path / "run", *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "alpkd_fast.cli.main", *argv]
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -104,8 +105,8 @@ def test_resume_without_a_checkpoint(folder, teacher, tmp_path, capsys):
 
 def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, capsys):
     methods = ["kd", "alp", "alp:scale=1,pooling=mean"]
-    argv = ["sweep", *options(folder, teacher, tmp_path / "out", "--epochs", "1"), "--methods", *methods, "--depths", "1", "2"]
-    argv += ["--seeds", "0", "1", "--resamples", "50"]
+    argv = ["sweep", *options(folder, teacher, tmp_path / "out", "--epochs", "1"), "--methods", *methods]
+    argv += ["--depths", "1", "2", "--seeds", "0", "1", "--resamples", "50"]
     calls = []
     training_step = Trainer.training_step
 
@@ -143,7 +144,7 @@ def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, caps
         (["--depth", "9"], "num_layers: got 9; allowed are 1 to the teacher's 4"),
         (["--depth", "1", "--method", "pkd-skip"], "leaves the last student layer out"),
         (["--text-columns", "text"], "has no column 'text'; it has sentence, label, idx"),
-        (["--text-columns", "a", "b", "c"], "takes at most two"),
+        (["--text-columns", "a", "b", "c"], "a task takes at most two"),
     ],
 )
 def test_distill_refuses(folder, teacher, tmp_path, more, message, capsys):

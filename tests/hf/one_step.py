@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,12 @@ class TokenLabels:
         return batch
 
 
-def one_step(case: str, batch_size: int, accumulation: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def one_step(
+    case: str, batch_size: int, accumulation: int, folder: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     options = dict(CASES[case])
-    hidden_size, padding_from, mlm = options.pop("hidden_size", None), options.pop("padding_from", 99), options.pop("mlm", 0)
+    hidden_size, mlm = options.pop("hidden_size", None), options.pop("mlm", False)
+    padding_from = options.pop("padding_from", GLOBAL_BATCH)
     tokenizer = make_tokenizer()
     rows = encode(sentences(GLOBAL_BATCH, seed=3), TASKS["sst2"], tokenizer, 32)
     for index, row in enumerate(rows):
@@ -108,6 +112,6 @@ if __name__ == "__main__":
         # half-padding: rank 1 sees nothing but padding, rank 0 nothing but sentences
         batch, accumulation = (2 * rank_batch, 1) if case == "half-padding" else (rank_batch, 2)
         results[case] = one_step(case, batch, accumulation, target / "unused")
-    if int(__import__("os").environ["RANK"]) == 0:
+    if int(os.environ["RANK"]) == 0:
         torch.save(results, target / "results.pt")
     torch.distributed.destroy_process_group()

@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, PreTrainedTokenizerFast
 
-WORDS = "good fine great nice bad poor awful sad film book plot cast the a very and is was not it".split()
-GOOD, BAD = WORDS[:4], WORDS[4:8]
+GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "sad"]
+OTHERS = ["film", "book", "plot", "cast", "the", "a", "very", "and", "is", "was", "not", "it"]
+WORDS = [*GOOD, *BAD, *OTHERS]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -64,7 +65,7 @@ def sentences(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for index in range(count):
         label = draw.randrange(2)
-        words = draw.choices(WORDS[8:], k=draw.randint(1, 13))
+        words = draw.choices(OTHERS, k=draw.randint(1, 13))
         words.insert(draw.randint(0, len(words)), draw.choice(GOOD if label else BAD))
         rows.append({"sentence": " ".join(words), "label": label, "idx": index})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -67,7 +68,8 @@ def test_config_file_comes_before_the_command_line(tmp_path):
     path.write_text("task: sst2\nnormalize: false\ncpu: true\nlayers: [1, 3]\nscale: null\nalp-weight: 10\n")
     argv = with_config_file(["distill", "--config", str(path), "--task", "cola"])
     assert argv == [
-        "distill", "--task", "sst2", "--no-normalize", "--cpu", "--layers", "1", "3", "--alp-weight", "10", "--task", "cola"
+        "distill", "--task", "sst2", "--no-normalize", "--cpu", "--layers", "1", "3", "--alp-weight", "10",
+        "--task", "cola",
     ]  # fmt: skip
 
 
@@ -81,17 +83,18 @@ def test_config_file_with_a_wrong_name(tmp_path, capsys):
 
 
 def run_without(modules, *argv):
-    code = f"import sys\nfor m in {modules}: sys.modules[m] = None\nfrom alpkd_fast.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    block = f"import sys; sys.modules.update(dict.fromkeys({modules}))"
+    code = f"{block}\nfrom alpkd_fast.cli.main import main\nsys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120)
 
 
-EXTRA = ["transformers", "accelerate", "datasets", "sklearn", "scipy", "matplotlib", "rich", "yaml", "numpy", "safetensors"]
+EXTRA = ["transformers", "accelerate", "datasets", "sklearn", "scipy", "matplotlib", "rich", "yaml", "numpy"]
 
 
 def test_info_needs_torch_alone():
     done = run_without(EXTRA, "info")
     assert done.returncode == 0, done.stderr
-    assert "backend reference: usable" in done.stdout
+    assert re.search("backend reference +usable", done.stdout)
 
 
 @pytest.mark.parametrize("command", ["distill", "sweep", "finetune"])
