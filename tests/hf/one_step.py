@@ -75,7 +75,8 @@ def one_step(
     rows = encode(sentences(GLOBAL_BATCH, seed=3), TASKS["sst2"], tokenizer, 32)
     for index, row in enumerate(rows):
         row["position_ids"] = index >= padding_from  # a column that the Trainer keeps
-    teacher = masked_lm(seed=1) if mlm else bert(seed=1)
+    make = masked_lm if mlm else bert
+    teacher = make(seed=1, initializer_range=0.3)  # logits far from equal, so that KD counts
     torch.manual_seed(2)
     student = student_from_teacher(teacher, 2, hidden_size=hidden_size)
     keep = KeepGradients()

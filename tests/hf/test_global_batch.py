@@ -37,9 +37,14 @@ def two_ranks(tmp_path_factory):
 def assert_same(actual, expected):
     (gradients, logged), (whole_gradients, whole_logged) = actual, expected
     assert set(gradients) == set(whole_gradients)
+    largest: dict[str, float] = {}
+    for name, gradient in whole_gradients.items():
+        module = name.rpartition(".")[0]
+        largest[module] = max(largest.get(module, 0.0), gradient.abs().max().item())
     for name, gradient in whole_gradients.items():
         assert torch.isfinite(gradient).all(), name
-        allowed = RELATIVE * max(gradient.abs().max().item(), 1e-3)
+        # A key's bias has the gradient 0, as a sum of terms of the size of its weight's gradient that cancel.
+        allowed = RELATIVE * largest[name.rpartition(".")[0]]
         worst = (gradients[name] - gradient).abs().max().item()
         assert worst <= allowed, f"{name}: {worst} > {allowed}"
     for name in ("loss", "ce", "kd", "alp"):

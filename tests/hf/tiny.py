@@ -54,9 +54,9 @@ def bert(layers: int = 4, width: int = 32, seed: int = 0, **changes: Any) -> Ber
     return BertForSequenceClassification(bert_config(layers, width, **changes))
 
 
-def masked_lm(layers: int = 4, width: int = 32, seed: int = 0) -> BertForMaskedLM:
+def masked_lm(layers: int = 4, width: int = 32, seed: int = 0, **changes: Any) -> BertForMaskedLM:
     torch.manual_seed(seed)
-    return BertForMaskedLM(bert_config(layers, width))
+    return BertForMaskedLM(bert_config(layers, width, **changes))
 
 
 def sentences(count: int, seed: int = 0) -> list[dict[str, Any]]:
