@@ -27,6 +27,11 @@ FUSED_BACKENDS = ("cpu", "triton", "cuda")
 _LIBRARY = torch.library.Library("alpkd_fast", "DEF")
 for _name in FUSED_BACKENDS:
     _LIBRARY.define(f"alp_{_name}{_SCHEMA}")
+# gradients *= factor * grad_factor in place, in one launch that does nothing where the product is 1
+SCALING_BACKENDS = ("triton",)
+for _name in SCALING_BACKENDS:
+    _LIBRARY.define(f"scale_gradients_{_name}(Tensor(a!)[] gradients, Tensor factor, Tensor? grad_factor=None) -> ()")
+    torch.library.register_fake(f"alpkd_fast::scale_gradients_{_name}", lambda *_: None, lib=_LIBRARY)
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -153,6 +158,7 @@ class _FusedLoss(torch.autograd.Function):
         )  # fmt: skip
         ctx.mark_non_differentiable(layer_losses, attention, entropy)
         ctx.set_materialize_grads(False)
+        ctx.backend = backend
         ctx.scale_dtype = None if scale_tensor is None else scale_tensor.dtype
         ctx.save_for_backward(grad_factor, d_scale, *d_student, *d_teacher)
         return loss, layer_losses, attention, entropy
@@ -163,7 +169,7 @@ class _FusedLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         if grad_loss is None:
             return (None,) * len(wanted)
-        gradients = _scaled(stored, grad_loss, grad_factor)
+        gradients = _scaled(ctx.backend, stored, grad_loss, grad_factor)
         d_scale = (d_scale * grad_loss).to(ctx.scale_dtype) if wanted[3] else None
         if torch.is_grad_enabled():  # create_graph=True
             gradients, d_scale = _forbid_second_derivative(gradients, d_scale)
@@ -171,19 +177,24 @@ class _FusedLoss(torch.autograd.Function):
         return None, None, None, d_scale, *(next(remaining) if w else None for w in wanted[4:])
 
 
-def _scaled(stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
+def _scaled(backend: str, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
     """Multiply the stored gradients by the incoming gradient and the factor left out of fp16 storage.
 
-    On the CPU the stored tensors are handed over as they are where the factor is 1, and multiplied in
-    place where it is not, but only while the graph is being freed: a kept graph needs them again.
+    Outside a compiled graph, and only while the graph is being freed (a kept one needs the stored tensors
+    again), they are handed over as they are where the factor is 1, and multiplied in place where it is not.
+    On a GPU one launch reads the factor there and ends at once if it is 1.
     """
+    freed = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if freed and stored and backend in SCALING_BACKENDS:
+        getattr(torch.ops.alpkd_fast, f"scale_gradients_{backend}").default(stored, grad_loss, grad_factor)
+        return stored
     factor = grad_loss * grad_factor
     has_value = factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none
     if torch.compiler.is_compiling() or not has_value:
         return [(g * factor).to(g.dtype) if g.dtype == factor.dtype else (g.to(factor.dtype) * factor).to(g.dtype)
                 for g in stored]  # fmt: skip
     value = factor.item()
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if not freed:
         return [g * value for g in stored]
     return stored if value == 1.0 else [g.mul_(value) for g in stored]
 

@@ -22,22 +22,22 @@ def cannot_run(problem: Problem) -> str | None:
 def run(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, layer_losses, attention and entropy of the problem."""
     if not torch.compiler.is_compiling() and problem.student[0].device.type == "cpu":
-        check_values(problem)
+        tensors = (x if isinstance(x, Tensor) else None for x in (problem.scale, problem.normalizer))
+        check_values(problem.row_weights, *tensors)
     with torch.autocast(problem.student[0].device.type, enabled=False):
         return reference_loss(problem)
 
 
-def check_values(problem: Problem) -> None:
+def check_values(weights: Tensor | None, scale: Tensor | None, normalizer: Tensor | None) -> None:
     """Raise ValueError for row weights, a scale or a normalizer whose values are not allowed."""
-    weights = problem.row_weights
     if weights is not None and not bool(((weights >= 0) & (weights < torch.inf)).all()):
         bad = weights[~((weights >= 0) & (weights < torch.inf))][0].item()
         raise ValueError(mask_message(bad))
-    if isinstance(problem.scale, Tensor) and not 0 <= problem.scale.item() < torch.inf:
-        raise ValueError(f"scale must be finite and >= 0, got {problem.scale.item()}; clamp it, or learn its logarithm")
-    if isinstance(problem.normalizer, Tensor) and not 0 < problem.normalizer.item() < torch.inf:
+    if scale is not None and not 0 <= scale.item() < torch.inf:
+        raise ValueError(f"scale must be finite and >= 0, got {scale.item()}; clamp it, or learn its logarithm")
+    if normalizer is not None and not 0 < normalizer.item() < torch.inf:
         raise ValueError(
-            f"normalizer must be finite and > 0, got {problem.normalizer.item()}; pass the number of rows that "
+            f"normalizer must be finite and > 0, got {normalizer.item()}; pass the number of rows that "
             "count over all accumulation steps and ranks"
         )
 

@@ -1,0 +1,83 @@
+"""The Triton backend: the kernels of alpkd_fast.kernels, on CUDA and ROCm devices."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..problem import Problem
+
+NAME = "triton"
+OLDEST = (3, 6)
+MAX_STUDENT_LAYERS, MAX_TEACHER_LAYERS = 64, 128  # what fits a program's registers and shared memory
+
+
+def unavailable() -> str | None:
+    problem = _installation_problem()
+    if problem is not None:
+        return problem
+    if not torch.cuda.is_available() and not _interpreted():
+        return (
+            "it needs a CUDA or ROCm device, and torch sees none; for tests on the CPU set TRITON_INTERPRET=1 before "
+            "Python starts (slow)"
+        )
+    return None
+
+
+def cannot_run(problem: Problem) -> str | None:
+    device = problem.student[0].device.type
+    if device != "cuda" and not (device == "cpu" and _interpreted()):
+        return f'it takes CUDA tensors, the hidden states are on {device}; use backend="auto" or .to("cuda")'
+    m, n = len(problem.student), len(problem.teacher)
+    if m > MAX_STUDENT_LAYERS or n > MAX_TEACHER_LAYERS:
+        return (
+            f"it takes at most {MAX_STUDENT_LAYERS} student and {MAX_TEACHER_LAYERS} teacher layers, got {m} and {n}; "
+            'use backend="auto"'
+        )
+    return None
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, layer_losses, attention and entropy of the problem."""
+    return ops.fused_loss("triton", problem)
+
+
+@cache
+def _installation_problem() -> str | None:
+    """From the package's metadata alone: importing Triton takes too long for a question."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+            return f"it needs Triton >= 3.6, found {found}; pip install --upgrade {name}"
+        return None
+    return "Triton is not installed; pip install triton"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# Triton is imported, and the kernels with it, on the first call.
+def _alp(*arguments: Any) -> Any:
+    from ..kernels.launch import alp
+
+    return alp(*arguments)
+
+
+def _scale_gradients(gradients: list[Tensor], factor: Tensor, grad_factor: Tensor | None = None) -> None:
+    from ..kernels.launch import scale_gradients
+
+    scale_gradients(gradients, factor, grad_factor)
+
+
+torch.library.impl("alpkd_fast::alp_triton", ("cpu", "cuda"), _alp)
+torch.library.impl("alpkd_fast::scale_gradients_triton", ("cpu", "cuda"), _scale_gradients)

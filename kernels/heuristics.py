@@ -1,0 +1,40 @@
+"""Launch parameters by (n, m, D, dtype), good without tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """SPLIT warps share a row's columns, WIDTH columns each at a time."""
+
+    split: int
+    width: int
+    warps: int
+    unroll: int  # blocks of columns whose loads are in flight together
+
+
+def padded(m: int, n: int, teacher_grads: bool) -> tuple[int, int]:
+    """Layers on the N and M side of the products; a side that is summed over is at least 16 long."""
+    return max(_power_of_2(m), 16 if teacher_grads else 8), max(_power_of_2(n), 16)
+
+
+def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: bool) -> Config:
+    students, teachers = padded(m, n, teacher_grads)
+    if teachers > 32 or students > 32:
+        return Config(split=1, width=64 if operand_bytes == 2 else 32, warps=8, unroll=1)
+    # A block of columns holds (students + teachers) * width elements per warp: keep it within 64 registers a thread.
+    width = 64
+    while width > 16 and (students + teachers) * width * operand_bytes > 4096:
+        width //= 2
+    split = 4
+    # 768 columns are three blocks of 256, not one of 1024; short rows take narrower blocks.
+    while width > 16 and split * width > _power_of_2(D):
+        width //= 2
+    blocks = -(-D // (split * width))
+    return Config(split, width, split, unroll=blocks if blocks <= 4 else 2)
+
+
+def _power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
