@@ -321,9 +321,13 @@ def _two_floats(x: float) -> tuple[float, float]:
 
 def _precision(operand: torch.dtype) -> str:
     """Of products of fp32 matrices: three tf32 products are as good as one in fp32."""
-    if INTERPRETED.value or operand == torch.float64 or torch.version.hip:
+    if INTERPRETED.value or operand == torch.float64 or _target() == "hip":
         return "ieee"
     return "tf32" if operand == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _target() -> str:
+    return triton.runtime.driver.active.get_current_target().backend
 
 
 def _programs(device: torch.device) -> int:
