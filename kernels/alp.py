@@ -16,6 +16,7 @@ Names: b_ block values, p_ pointers, o_ offsets, m_ masks; j counts teacher laye
 student layers (m, padded to STUDENTS), d columns.
 """
 
+# ruff: noqa: SIM108, SIM300 (compile-time branches stay ifs; dtypes are no constants on the wrong side)
 import triton
 import triton.language as tl
 
@@ -100,7 +101,7 @@ def alp_kernel(
     p_attention, p_partials,
     rows, row_stride,  # pooled rows, and positions from one to the next
     scale_high, scale_low, p_scale, normalizer_high, normalizer_low, p_normalizer, students_in_mean,
-    layer_weights, map_words,  # tuples: (high, low) per student layer; words of MAP_BITS teacher layers per student layer
+    layer_weights, map_words,  # tuples of tuples, per student layer: high and low parts; words of MAP_BITS layers
     m: tl.constexpr, n: tl.constexpr, D: tl.constexpr,
     STUDENTS: tl.constexpr, TEACHERS: tl.constexpr, SPLIT: tl.constexpr, WIDTH: tl.constexpr,
     STUDENT_POINTERS: tl.constexpr, TEACHER_POINTERS: tl.constexpr,
@@ -229,9 +230,7 @@ def alp_kernel(
             b_alpha = b_inverse_s * b_inverse_s * (1 - tl.where(b_length_s < EPS, 0.0, b_off))
             b_kappa = 1 - tl.where(b_length_c < EPS, 0.0, b_off)
             # p_ij = ⟨h_C, t_j⟩
-            b_p = b_inverse_c[None, :] * (
-                b_inverse_s[None, :] * b_z - (b_kappa * b_inverse_c)[None, :] * b_ga
-            )
+            b_p = b_inverse_c[None, :] * (b_inverse_s[None, :] * b_z - (b_kappa * b_inverse_c)[None, :] * b_ga)
         b_w = b_share * mu  # 2 w
         b_a1 = b_a * b_inverse_c[None, :]
         b_a2 = b_a1 * b_inverse_s[None, :]

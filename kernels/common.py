@@ -1,5 +1,6 @@
 """Device functions that several kernels share: layers in a tuple, row weights, numbers given as floats."""
 
+# ruff: noqa: SIM300 (dtypes are no constants on the wrong side)
 import os
 
 import triton

@@ -78,9 +78,7 @@ def inspect_gcn(assembly: str, shared_bytes: int) -> Report:
 
     instructions = re.findall(r"^\s+([a-z]\w+)", assembly, flags=re.M)
     widths = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "ushort": "16", "ubyte": "8"}
-    loads = Counter(
-        widths.get(op.split("_")[2], "16") for op in instructions if re.match(r"(global|buffer)_load_", op)
-    )
+    loads = Counter(widths.get(op.split("_")[2], "16") for op in instructions if re.match(r"(global|buffer)_load_", op))
     return Report(
         registers=number("vgpr_count"),
         spilled_bytes=number("private_segment_fixed_size"),

@@ -13,6 +13,12 @@ class Config:
     width: int
     warps: int
     unroll: int  # blocks of columns whose loads are in flight together
+    max_registers: int = 0  # per thread; 0: as many as the compiler likes
+
+    def arguments(self, target: str) -> dict[str, int]:
+        """As keyword arguments of alp_kernel."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers and target == "cuda" else {}
+        return {"SPLIT": self.split, "WIDTH": self.width, "UNROLL": self.unroll, "num_warps": self.warps, **limit}
 
 
 def padded(m: int, n: int, teacher_grads: bool) -> tuple[int, int]:
@@ -33,7 +39,10 @@ def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: boo
     while width > 16 and split * width > _power_of_2(D):
         width //= 2
     blocks = -(-D // (split * width))
-    return Config(split, width, split, unroll=blocks if blocks <= 4 else 2)
+    # 168 registers a thread leave room for three programs on a multiprocessor; below three student layers the
+    # compiler needs a few more and would spill.
+    limit = 168 if teachers == 16 and students == 8 and m > 2 else 0
+    return Config(split, width, split, unroll=blocks if blocks <= 4 else 2, max_registers=limit)
 
 
 def _power_of_2(x: int) -> int:

@@ -66,7 +66,7 @@ def alp(
     first = student[0]
     if first.device.type == "cpu" or os.environ.get("ALPKD_FAST_CHECK") == "1":
         check_values(row_weights, scale_tensor, normalizer_tensor)
-    m, n, D = len(student), len(teacher), first.shape[-1]
+    m, n = len(student), len(teacher)
     acc = torch.promote_types(torch.promote_types(first.dtype, teacher[0].dtype), torch.float32)
     how = POOLINGS[pooling]
     rows_shape = first.shape[:-1] if how == "token" else first.shape[:-2]
@@ -171,14 +171,19 @@ def _run(s, t, ds, dt, weights, rows, numbers, table, normalize, detach, details
     grads = [d for d in (*ds, *dt) if d is not None]
     alignment = math.gcd(16, *(d.data_ptr() for d in grads), *(D * d.element_size() for d in grads))
     map_words = None if table is None else _map_words(table, n)
-    alp_kernel[(programs,)](
+    kernel, launch_parameters = alp_kernel, config.arguments(_target() if not INTERPRETED.value else "cpu")
+    if os.environ.get("ALPKD_FAST_AUTOTUNE") == "1" and not INTERPRETED.value:
+        from .tune import tuned_kernel
+
+        kernel, launch_parameters = tuned_kernel(config, D), {}
+    kernel[(programs,)](
         student.tensors, teacher.tensors, _filled(ds), _filled(dt),
         student.layer_stride, teacher.layer_stride,
         student.outer, student.inner, teacher.outer, teacher.inner, inner_rows,
         weights.weights, weights.positions, weights.totals, weights.stride,
         attention if details else None, partials, rows, weights.row_stride,
         *numbers.scale, *numbers.normalizer, numbers.m, numbers.omega, map_words,
-        m=m, n=n, D=D, STUDENTS=students, TEACHERS=teachers, SPLIT=config.split, WIDTH=config.width,
+        m=m, n=n, D=D, STUDENTS=students, TEACHERS=teachers,
         STUDENT_POINTERS=len(student.tensors), TEACHER_POINTERS=len(teacher.tensors),
         STUDENT_STRIDES=len(student.inner), TEACHER_STRIDES=len(teacher.inner), TWO_STRIDES=student.two_strides,
         STUDENT_ALIGNMENT=student.alignment, TEACHER_ALIGNMENT=teacher.alignment, GRADIENT_ALIGNMENT=alignment,
@@ -186,7 +191,7 @@ def _run(s, t, ds, dt, weights, rows, numbers, table, normalize, detach, details
         MAP=map_words is not None, WEIGHTED_LAYERS=numbers.weighted, LARGEST_LAYER_WEIGHT=numbers.largest,
         MEAN=numbers.mean, NORMALIZE=normalize, DETACH=detach, DETAILS=details, WITHOUT_FACTOR=without_factor,
         OPERAND=_TYPES[operand], ACC=_TYPES[acc], PRECISION=_precision(operand), WEIGHT_BLOCK=_WEIGHT_BLOCK,
-        UNROLL=config.unroll, num_warps=config.warps,
+        **launch_parameters,
     )  # fmt: skip
     loss, losses, entropy = empty((), dtype=acc), empty((m,), dtype=acc), empty((m if details else 0,), dtype=acc)
     factor, d_scale = empty((), dtype=acc), empty((), dtype=acc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 
 from torch import Tensor
@@ -78,6 +79,6 @@ def _side(layers: list[tuple[Tensor, int, int]], two_strides: bool) -> Rows:
 
 def _one_step(tensors: tuple[Tensor, ...], addresses: list[int]) -> int | None:
     """Bytes from one layer to the next where they are slices of one tensor at a constant step."""
-    steps = {b - a for a, b in zip(addresses, addresses[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(addresses)}
     storages = {h.untyped_storage().data_ptr() for h in tensors}
     return steps.pop() if len(steps) == 1 and len(storages) == 1 else None

@@ -68,13 +68,13 @@ def _interpreted() -> bool:
 
 # Triton is imported, and the kernels with it, on the first call.
 def _alp(*arguments: Any) -> Any:
-    from ..kernels.launch import alp
+    from ..kernels.launch import alp  # type: ignore[import-not-found]
 
     return alp(*arguments)
 
 
 def _scale_gradients(gradients: list[Tensor], factor: Tensor, grad_factor: Tensor | None = None) -> None:
-    from ..kernels.launch import scale_gradients
+    from ..kernels.launch import scale_gradients  # type: ignore[import-not-found]
 
     scale_gradients(gradients, factor, grad_factor)
 

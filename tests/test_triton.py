@@ -1,0 +1,143 @@
+"""What only the Triton backend has: layer addresses, launches, in-place scaling, the ahead-of-time check."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from common import both_sides
+
+import alpkd_fast
+from alpkd_fast import alp_loss
+
+pytest.importorskip("triton")
+from alpkd_fast.kernels.layers import as_rows
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(
+    alpkd_fast.backends()["triton"] is not None, reason=f"triton: {alpkd_fast.backends()['triton']}"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def addresses(rows, inner_rows: int, layers: int, positions: int) -> list[list[int]]:
+    """Where the kernels look for every row, in bytes."""
+    itemsize = rows.tensors[0].element_size()
+    found = []
+    for k in range(layers):
+        base = rows.tensors[k].data_ptr() if len(rows.tensors) > 1 else rows.tensors[0].data_ptr()
+        base += k * rows.layer_stride * itemsize if len(rows.tensors) == 1 else 0
+        outer, inner = (x[k] if len(x) > 1 else x[0] for x in (rows.outer, rows.inner))
+        if rows.two_strides:
+            found.append(
+                [base + (r // inner_rows * outer + r % inner_rows * inner) * itemsize for r in range(positions)]
+            )
+        else:
+            found.append([base + r * inner * itemsize for r in range(positions)])
+    return found
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param([torch.zeros(3, 4, 8) for _ in range(3)], id="separate"),
+        pytest.param(list(torch.zeros(3, 3, 4, 8).unbind(0)), id="stacked"),
+        pytest.param(list(torch.zeros(3, 4, 3, 8).unbind(2)), id="stacked-inside"),
+        pytest.param([h[:, :4] for h in torch.zeros(3, 3, 6, 8)], id="two-strides"),
+        pytest.param([torch.zeros(3, 4, 8), torch.zeros(3, 6, 8)[:, :4], torch.zeros(3, 4, 9)[..., :8]], id="mixed"),
+        pytest.param([torch.zeros(3, 1, 8).expand(3, 4, 8)], id="repeated-rows"),
+        pytest.param([torch.zeros(3, 5, 8)[:, 0]] * 2, id="same-layer-twice"),
+    ],
+)
+def test_rows_are_found_without_a_copy(layers):
+    (rows,), inner_rows = as_rows(layers)
+    lead = layers[0].shape[:-1]
+    indices = list(product(*map(range, lead)))
+    want = [[h[index].data_ptr() for index in indices] for h in layers]
+    assert addresses(rows, inner_rows, len(layers), lead.numel()) == want
+
+
+def test_stacked_layers_go_in_as_one_pointer():
+    (rows,), _ = as_rows(list(torch.zeros(5, 3, 8).unbind(0)))
+    assert len(rows.tensors) == 1
+    assert rows.layer_stride == 24
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.zeros(3, 4, 16)[..., ::2], torch.zeros(3, 2, 5, 4, 8)[:, :, 1:4, 1:]], ids=["columns", "3-strides"]
+)
+def test_rows_that_need_it_are_copied(layer):
+    (rows,), _ = as_rows([layer])
+    assert rows.tensors[0].is_contiguous()
+
+
+@pytest.mark.parametrize(("offset", "alignment"), [(0, 16), (4, 8), (1, 2)])
+def test_alignment_is_that_of_the_rows(offset, alignment):
+    layer = torch.zeros(4 * 8 + 8, dtype=torch.bfloat16)[offset : offset + 32].view(4, 8)
+    assert as_rows([layer])[0][0].alignment == alignment
+
+
+@needs_triton
+def test_gradients_are_scaled_in_place_only_where_the_graph_is_freed():
+    student, teacher = both_sides(2, 3, (4,), 16, device=DEVICE)
+    loss = alp_loss(student, teacher, backend="triton")
+    first = torch.autograd.grad(2 * loss, student, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, student, retain_graph=True)
+    third = torch.autograd.grad(loss, student)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, 2 * c)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_scale_gradients(dtype):
+    values = [torch.randn(5, 7, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
+    factor = torch.tensor(0.3, dtype=torch.promote_types(dtype, torch.float32), device=DEVICE)
+    got = [v.clone() for v in values]
+    torch.ops.alpkd_fast.scale_gradients_triton(got, factor, torch.ones_like(factor))
+    for g, v in zip(got, values, strict=True):
+        assert torch.equal(g, (v.to(factor.dtype) * factor).to(dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize(("m", "n"), [(65, 2), (1, 129)])
+def test_too_many_layers_are_refused(m, n):
+    student, teacher = both_sides(m, n, (2,), 16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="at most 64 student and 128 teacher layers"):
+        alp_loss(student, teacher, backend="triton")
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "alpkd_fast.kernels.check", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_ahead_of_time_check_of_a_kernel_of_the_speed_table(tmp_path):
+    done = check("--table", "--match", "n12-m2-D768-bf16", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernel, finish = json.loads((tmp_path / "figures.json").read_text())
+    assert (kernel["kernel"], finish["kernel"]) == ("alp_kernel", "finish_kernel")
+    assert set(kernel["loads"]) == {"128"}
+    assert any(name.startswith("HMMA") for name in kernel["matrix"])
+
+
+def test_ahead_of_time_check_fails_where_the_budget_is_exceeded():
+    from alpkd_fast.kernels.check import OTHERS, TABLE, Compiled
+    from alpkd_fast.kernels.cubin import Report
+
+    spilling = Report(255, 8, 2, 0, {"128": 4, "32": 1}, {}, 100)
+    table = Compiled(TABLE[0], "alp_kernel", "sm_90", spilling)
+    assert [p.split(": ")[1].split(",")[0] for p in table.problems({})] == [
+        "8 spilled_bytes", "2 local_accesses", "1 narrow_loads",
+    ]  # fmt: skip
+    other = Compiled(OTHERS[0], "alp_kernel", "sm_90", spilling)
+    assert "no entry" in other.problems({})[0]
+    budget = {other.key: {"spilled_bytes": 8, "local_accesses": 1, "narrow_loads": 1}}
+    assert [p.split(": ")[1] for p in other.problems(budget)] == ["2 local_accesses, allowed are 1"]
