@@ -97,7 +97,7 @@ library = Extension(
 setup(
     packages=[*find_packages(include=["alpkd_fast", "alpkd_fast.*"]), "alpkd_fast.kernels"],
     package_dir={"alpkd_fast.kernels": "kernels"},
-    package_data={"alpkd_fast": ["py.typed"]},
+    package_data={"alpkd_fast": ["py.typed"], "alpkd_fast.kernels": ["budget.json"]},
     ext_modules=[] if os.environ.get("ALPKD_FAST_CPU") == "0" else [library],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

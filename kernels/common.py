@@ -96,6 +96,6 @@ def narrowed(b_value, DTYPE: tl.constexpr):
     """b_value in the dtype it is stored in, rounded to nearest: the interpreter would cut bf16 off."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         b_bits = b_value.to(tl.float32).to(tl.int32, bitcast=True)
-        b_rounded = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        b_rounded = ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         b_value = tl.where(b_value == b_value, b_rounded, b_value.to(tl.float32))
     return b_value.to(DTYPE)
