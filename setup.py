@@ -6,6 +6,7 @@ installs as pure Python. ALPKD_FAST_CPU=1 demands the library, ALPKD_FAST_CPU=0 
 
 import os
 import platform
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from setuptools.modified import newer_group
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+CUDA_BUILD = runpy.run_path("csrc/cuda/build.py")
 
 
 # Each instruction set is one file of its own; which of them runs is chosen at run time.
@@ -38,6 +40,9 @@ class BuildLibrary(build_ext):
         self.build_temp = "build/objects"
 
     def build_extension(self, extension):
+        if extension.name == "alpkd_fast._C_cuda":
+            CUDA_BUILD["build_if_wanted"](Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp) / "cuda")
+            return
         try:
             from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -94,11 +99,13 @@ library = Extension(
     optional=os.environ.get("ALPKD_FAST_CPU") != "1",
 )
 
+cuda_library = Extension("alpkd_fast._C_cuda", sources=[], py_limited_api=True, optional=True)
+
 setup(
     packages=[*find_packages(include=["alpkd_fast", "alpkd_fast.*"]), "alpkd_fast.kernels"],
     package_dir={"alpkd_fast.kernels": "kernels"},
     package_data={"alpkd_fast": ["py.typed"], "alpkd_fast.kernels": ["budget.json"]},
-    ext_modules=[] if os.environ.get("ALPKD_FAST_CPU") == "0" else [library],
+    ext_modules=[*([] if os.environ.get("ALPKD_FAST_CPU") == "0" else [library]), cuda_library],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library("alpkd_fast", "DEF")
 for _name in FUSED_BACKENDS:
     _LIBRARY.define(f"alp_{_name}{_SCHEMA}")
 # gradients *= factor * grad_factor in place, in one launch that does nothing where the product is 1
-SCALING_BACKENDS = ("triton",)
+SCALING_BACKENDS = ("triton", "cuda")
 for _name in SCALING_BACKENDS:
     _LIBRARY.define(f"scale_gradients_{_name}(Tensor(a!)[] gradients, Tensor factor, Tensor? grad_factor=None) -> ()")
     torch.library.register_fake(f"alpkd_fast::scale_gradients_{_name}", lambda *_: None, lib=_LIBRARY)
@@ -82,13 +82,13 @@ for _name in FUSED_BACKENDS:
     torch.library.register_fake(f"alpkd_fast::alp_{_name}", _fake, lib=_LIBRARY)
 
 
-def _load_binary() -> str | None:
-    """Load the compiled library, which registers its kernels; return why it cannot be, or None."""
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
+def _load_binary(name: str, cause: str) -> str | None:
+    """Load a compiled library, which registers its kernels; return why it cannot be, or None."""
+    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not found:
         return (
-            "the compiled library is missing, as no C++ compiler was found at installation; install g++ or clang and "
-            "run pip install --force-reinstall --no-deps alpkd-fast"
+            f"the compiled library is missing, as no {cause} was found at installation; install it and run "
+            "pip install --force-reinstall --no-deps alpkd-fast"
         )
     try:
         torch.ops.load_library(str(found[0]))
@@ -97,12 +97,16 @@ def _load_binary() -> str | None:
     return None
 
 
-_BINARY_PROBLEM = _load_binary()
+# By backend. The CUDA library needs no driver to load.
+_BINARY_PROBLEMS = {
+    "cpu": _load_binary("_C", "C++ compiler (g++ or clang)"),
+    "cuda": _load_binary("_C_cuda", "nvcc (the CUDA toolkit)"),
+}
 
 
-def binary_problem() -> str | None:
-    """Why the compiled library cannot be used, with the remedy; None where it can."""
-    return _BINARY_PROBLEM
+def binary_problem(backend: str = "cpu") -> str | None:
+    """Why the backend's compiled library cannot be used, with the remedy; None where it can."""
+    return _BINARY_PROBLEMS[backend]
 
 
 def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:

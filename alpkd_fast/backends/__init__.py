@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..problem import Problem
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
 
 class Backend(Protocol):
@@ -28,7 +28,12 @@ class Backend(Protocol):
 
 
 # In the order in which "auto" tries them. A new backend is one module and one entry here.
-REGISTRY: dict[str, Backend] = {cpu.NAME: cpu, triton.NAME: triton, reference.NAME: reference}
+REGISTRY: dict[str, Backend] = {
+    cpu.NAME: cpu,
+    cuda.NAME: cuda,
+    triton.NAME: triton,
+    reference.NAME: reference,
+}
 
 
 def backends() -> dict[str, str | None]:

@@ -11,7 +11,7 @@ NAME = "cpu"
 
 
 def unavailable() -> str | None:
-    return ops.binary_problem()
+    return ops.binary_problem(NAME)
 
 
 def cannot_run(problem: Problem) -> str | None:

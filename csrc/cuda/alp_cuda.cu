@@ -1,0 +1,285 @@
+// The operators alpkd_fast::alp_cuda and alpkd_fast::scale_gradients_cuda: tensors in, one launch, tensors out.
+// Nothing here waits for the device or reads its memory.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "device.cuh"
+#include "generic_kernel.cuh"
+#include "launch.h"
+#include "scale_kernel.cuh"
+#include "tensors.h"
+#include "weights_kernel.cuh"
+
+namespace alp::cuda {
+
+// Counters that are 0 whenever no kernel is using them, one set per device.
+constexpr int kTickets = 16384;
+#if defined(__CUDACC__)
+__device__ unsigned tickets[kTickets];
+#else
+unsigned tickets[kTickets];
+#endif
+
+namespace {
+
+// loss, layer_losses, attention, entropy, grad_factor, d_scale, d_student, d_teacher
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors>;
+
+// A ticket that no kernel in flight shares: launches on one stream follow each other and share one; a
+// captured launch, which replays anywhere, has its own. Where they have run out, zeroed workspace serves.
+unsigned* find_ticket(const char* name, const Device& device, cudaStream_t stream, unsigned* fallback) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, cudaStream_t>, int> of_stream;
+  static std::map<int, int> used;
+  cudaStreamCaptureStatus capturing;
+  check(cudaStreamIsCapturing(stream, &capturing), name, "cudaStreamIsCapturing");
+  int slot;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto known = of_stream.find({device.index, stream});
+    if (capturing == cudaStreamCaptureStatusNone && known != of_stream.end()) {
+      slot = known->second;
+    } else {
+      int& next = used[device.index];
+      slot = next < kTickets ? next++ : -1;
+      if (capturing == cudaStreamCaptureStatusNone && slot >= 0) of_stream[{device.index, stream}] = slot;
+    }
+  }
+  if (slot < 0) {
+    check(cudaMemsetAsync(fallback, 0, sizeof *fallback, stream), name, "cudaMemsetAsync");
+    return fallback;
+  }
+  void* base = nullptr;
+  check(cudaGetSymbolAddress(&base, tickets), name, "cudaGetSymbolAddress");
+  return static_cast<unsigned*>(base) + slot;
+}
+
+template <class T>
+T* pointer(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
+
+// The call's arguments in plain form, before a kernel is chosen.
+struct Call {
+  const Tensor& first;
+  const Side &students, &teachers;
+  const LayerMap& map;
+  const std::vector<double>& omega;
+  bool details;
+  Tensor loss, layer_losses, attention, entropy, grad_factor, d_scale;
+};
+
+// A kernel and what it needs for a problem.
+template <class P>
+struct Plan {
+  const char* name;
+  void (*kernel)(const P);
+  int threads, columns;
+  int64_t shared, scratch;
+};
+
+template <class A, class P>
+Plan<P> plan_generic(const Device& device, int ms, int ns, int64_t D) {
+  Arrays<A> unused;
+  char* const none = nullptr;
+  char dummy;  // any address: arrays of m·n go to scratch memory where they would crowd out the columns
+  constexpr int64_t kLargest = 48 << 10;
+  const int64_t arrays = 3 * int64_t(ms) * ns * int64_t(sizeof(A));
+  const int64_t scratch = arrays > kLargest ? (arrays + 15) / 16 * 16 : 0;
+  auto bytes = [&](int columns) {
+    return Arrays<A>::lay_out(&unused, none, scratch > 0 ? &dummy : nullptr, ms, ns, columns);
+  };
+  int columns = int(std::min<int64_t>((D + 3) / 4 * 4, 1 << 20));
+  if (bytes(columns) > device.shared_bytes) {
+    // Half of the shared memory, so that one block computes while another loads.
+    const int64_t budget = device.shared_bytes / 2 - 1024;
+    columns = 32;
+    while (bytes(2 * columns) <= budget) columns *= 2;
+  }
+  return {"alp_generic", &alp_generic<A, P>, kGenericThreads, columns, bytes(columns), scratch};
+}
+
+template <class P>
+void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan<P>& plan) {
+  const LayerMap& map = call.map;
+  p.columns = plan.columns;
+  for (int i = 0; i < p.m; ++i) {
+    p.layers[i] = call.students.layers[map.students[i]];
+    p.omega[i] = call.omega[map.students[i]];
+    p.original[i] = uint16_t(map.students[i]);
+  }
+  for (int j = 0; j < p.n; ++j) {
+    p.layers[p.m + j] = call.teachers.layers[map.teachers[j]];
+    p.original[p.m + j] = uint16_t(map.teachers[j]);
+  }
+  p.group_count = int(map.groups.size());
+  std::copy(map.groups.begin(), map.groups.end(), p.groups);
+  std::copy(map.index.begin(), map.index.end(), p.index);
+
+  const int resident = resident_blocks(plan.name, plan.kernel, device, plan.threads, plan.shared);
+  const int64_t grid = std::clamp<int64_t>(p.weights.rows, 1, int64_t(resident) * device.multiprocessors);
+  const int64_t sums = 2 * kWeightParts, partials = (grid + 1) * (2 * int64_t(p.m) + 1);
+  const int64_t doubles = 2 + sums + partials + grid * plan.scratch / 8;
+  Tensor workspace = torch::stable::new_empty(call.first, std::vector<int64_t>{doubles}, ScalarType::Double);
+  double* memory = pointer<double>(workspace);
+  p.ticket = find_ticket(plan.name, device, stream, reinterpret_cast<unsigned*>(memory));
+  p.partials = memory + 2 + sums + grid * plan.scratch / 8;
+  p.scratch = plan.scratch > 0 ? reinterpret_cast<char*>(memory + 2 + sums) : nullptr;
+  p.scratch_bytes = plan.scratch;
+
+  // Up to 64 Ki weights every block adds up by itself; more are worth a launch of their own.
+  constexpr int64_t kWeightsPerBlock = 64 << 10;
+  const int64_t weights_read = p.weights.pooling == Pooling::cls ? p.weights.rows : p.weights.rows * p.weights.seq;
+  if (p.weights.data != nullptr && weights_read > kWeightsPerBlock) {
+    launch("alp_row_weights", &alp_row_weights, kWeightParts, kWeightThreads,
+           2 * kWeightThreads / kWarpSize * sizeof(double), stream, p.weights, memory + 2);
+    p.weights.sums = memory + 2;
+    p.weights.parts = kWeightParts;
+  }
+  launch(plan.name, plan.kernel, grid, plan.threads, size_t(plan.shared), stream, p);
+}
+
+template <class P>
+bool fits(const Call& call) {
+  return call.map.students.size() + call.map.teachers.size() <= P::kMaxLayers &&
+         call.map.groups.size() <= P::kMaxGroups && call.map.index.size() <= P::kMaxIndices;
+}
+
+Outputs alp_cuda(Tensors student, Tensors teacher, std::optional<Tensor> row_weights, int64_t pooling_index,
+                 std::vector<int64_t> map_counts, std::vector<int64_t> map_layers, std::optional<Tensor> scale_tensor,
+                 double scale, std::vector<double> layer_weights, bool normalize, bool detach_attention, bool mean,
+                 std::optional<Tensor> normalizer_tensor, double normalizer, bool details,
+                 std::vector<bool> student_grad, std::vector<bool> teacher_grad, bool scale_grad) {
+  const Tensor& first = student[0];
+  const OnDevice guard(first.get_device_index());
+  const Device device = current_device();
+  const cudaStream_t stream = current_stream(device.index);
+  const int m = int(student.size()), n = int(teacher.size());
+  const int64_t dims = first.dim(), D = first.size(dims - 1);
+  const Pooling pooling = Pooling(pooling_index);
+  const int64_t seq = pooling == Pooling::token ? 1 : first.size(dims - 2);
+  const int64_t rows = first.numel() / D / std::max<int64_t>(seq, 1);
+
+  std::optional<Tensor> weights;
+  if (row_weights) weights = torch::stable::contiguous(*row_weights);
+  const std::vector<double> omega = layer_weights.empty() ? std::vector<double>(m, 1.0) : layer_weights;
+  const LayerMap map(m, n, map_counts, map_layers, omega);
+  const Side students(student, student_grad), teachers(teacher, teacher_grad);
+  const Dtype student_dtype = hidden_dtype(first), teacher_dtype = hidden_dtype(teacher[0]);
+  const bool f64 = student_dtype == Dtype::f64 || teacher_dtype == Dtype::f64;
+  const ScalarType compute = f64 ? ScalarType::Double : ScalarType::Float;
+  auto make = [&](const std::vector<int64_t>& shape) { return torch::stable::new_empty(first, shape, compute); };
+
+  std::vector<int64_t> attention_shape{m};
+  attention_shape.insert(attention_shape.end(), first.sizes().begin(),
+                         first.sizes().end() - (pooling == Pooling::token ? 1 : 2));
+  attention_shape.push_back(n);
+  Call call{first,     students, teachers, map, omega, details, make({}), make({m}),
+            make(details ? attention_shape : std::vector<int64_t>{0}), make({details ? m : 0}), make({}), make({})};
+
+  auto describe = [&](auto& p) {
+    p.weights = {weights ? weights->data_ptr() : nullptr,
+                 weights ? weight_dtype(*weights) : WeightType::none,
+                 pooling,
+                 rows,
+                 seq,
+                 D,
+                 m,
+                 nullptr,
+                 0,
+                 mean,
+                 normalizer_tensor ? normalizer_tensor->data_ptr() : nullptr,
+                 normalizer_tensor ? weight_dtype(*normalizer_tensor) : WeightType::none,
+                 normalizer};
+    p.m = m;
+    p.n = n;
+    p.ms = map.ms;
+    p.ns = map.ns;
+    p.student_dtype = student_dtype;
+    p.teacher_dtype = teacher_dtype;
+    p.normalize = normalize;
+    p.detach = detach_attention;
+    p.student_grad = students.wanted;
+    p.teacher_grad = teachers.wanted;
+    p.scale_grad = scale_grad;
+    p.store_fp16 = (students.wanted && student_dtype == Dtype::f16) || (teachers.wanted && teacher_dtype == Dtype::f16);
+    p.scale = scale;
+    p.scale_tensor = scale_tensor ? scale_tensor->data_ptr() : nullptr;
+    p.scale_type = scale_tensor ? weight_dtype(*scale_tensor) : WeightType::none;
+    p.largest_omega = *std::max_element(omega.begin(), omega.end());
+    p.loss = call.loss.data_ptr();
+    p.layer_losses = call.layer_losses.data_ptr();
+    p.attention = details ? call.attention.data_ptr() : nullptr;
+    p.entropy = details ? call.entropy.data_ptr() : nullptr;
+    p.grad_factor = call.grad_factor.data_ptr();
+    p.d_scale = call.d_scale.data_ptr();
+  };
+  auto run_as = [&]<class P>(P p) {
+    describe(p);
+    run(call, p, device, stream,
+        f64 ? plan_generic<double, P>(device, map.ms, map.ns, D) : plan_generic<float, P>(device, map.ms, map.ns, D));
+  };
+  STD_TORCH_CHECK(fits<LargeProblem>(call), "alpkd_fast: the cuda backend takes up to ", LargeProblem::kMaxLayers,
+                  " layers, student and teacher together, got ", m + n, "; use backend=\"reference\"");
+  if (fits<SmallProblem>(call))
+    run_as(SmallProblem{});
+  else
+    run_as(LargeProblem{});
+  return {call.loss,    call.layer_losses,  call.attention,     call.entropy, call.grad_factor,
+          call.d_scale, students.gradients, teachers.gradients};
+}
+
+Dtype factor_dtype(const char* name, const Tensor& factor, const Tensor& like) {
+  STD_TORCH_CHECK(factor.numel() == 1, "scale_gradients_cuda: ", name, " has ", factor.numel(),
+                  " elements; pass a tensor of one");
+  STD_TORCH_CHECK(factor.get_device_index() == like.get_device_index(), "scale_gradients_cuda: ", name,
+                  " is on another device than the gradients");
+  return hidden_dtype(factor);
+}
+
+// gradients *= factor · grad_factor, in place; nothing is touched where that is 1.
+void scale_gradients_cuda(Tensors gradients, Tensor factor, std::optional<Tensor> grad_factor) {
+  if (gradients.empty()) return;
+  const OnDevice guard(gradients[0].get_device_index());
+  const Device device = current_device();
+  const cudaStream_t stream = current_stream(device.index);
+  ScaleProblem p{};
+  p.factor = factor.data_ptr();
+  p.factor_dtype = factor_dtype("factor", factor, gradients[0]);
+  if (grad_factor) {
+    p.grad_factor = grad_factor->data_ptr();
+    p.grad_factor_dtype = factor_dtype("grad_factor", *grad_factor, gradients[0]);
+  }
+  for (size_t begin = 0; begin < gradients.size();) {
+    p.dtype = hidden_dtype(gradients[begin]);
+    p.count = 0;
+    int64_t bytes = 0;
+    for (; begin < gradients.size() && p.count < ScaleProblem::kMaxTensors; ++begin) {
+      const Tensor& gradient = gradients[begin];
+      if (hidden_dtype(gradient) != p.dtype) break;
+      STD_TORCH_CHECK(gradient.is_contiguous(), "scale_gradients_cuda: gradients must be contiguous");
+      p.data[p.count] = static_cast<char*>(gradient.data_ptr());
+      p.numel[p.count++] = gradient.numel();
+      bytes = std::max(bytes, gradient.numel() * dtype_size(p.dtype));
+    }
+    const int resident = resident_blocks("alp_scale_gradients", &alp_scale_gradients, device, kScaleThreads, 0);
+    const int64_t wanted = (bytes + 16 * kScaleThreads - 1) / (16 * kScaleThreads);
+    launch("alp_scale_gradients", &alp_scale_gradients,
+           std::clamp<int64_t>(wanted, 1, int64_t(resident) * device.multiprocessors), kScaleThreads, 0, stream, p);
+  }
+}
+
+}  // namespace
+
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_IMPL(alpkd_fast, CUDA, library) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(alpkd_fast, CPU, library) {
+#endif
+  library.impl("alp_cuda", TORCH_BOX(&alp_cuda));
+  library.impl("scale_gradients_cuda", TORCH_BOX(&scale_gradients_cuda));
+}
+
+}  // namespace alp::cuda

@@ -1,0 +1,82 @@
+// What the host hands to the kernels, by value: plain data. The active layers of each side come first
+// ("slots"); student slots that attend to the same teacher slots lie side by side and form a group.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace alp::cuda {
+
+enum class Dtype : int8_t { f32, f64, bf16, f16 };
+enum class WeightType : int8_t { none, boolean, u8, i8, i16, i32, i64, f16, bf16, f32, f64 };
+enum class Pooling : int8_t { token, cls, last, mean };
+
+__host__ __device__ constexpr int64_t dtype_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
+// One hidden state (*lead, D), seen as rows of D contiguous elements at two strides.
+struct Layer {
+  const char* data;
+  char* grad;            // contiguous (*lead, D) in the layer's dtype, or null where unwanted
+  int64_t inner;         // rows per outer step; 0 where one stride reaches every row
+  int64_t outer_stride;  // bytes
+  int64_t inner_stride;  // bytes
+};
+
+// A dense block of the attention: slots first … first + m, teacher slots index[teachers …] n of them.
+struct Group {
+  uint16_t first, m, teachers, n;
+};
+
+struct Weights {
+  const void* data;  // (*lead), contiguous; null = 1 everywhere
+  WeightType type;
+  Pooling pooling;
+  int64_t rows, seq;  // pooled rows; positions per row, 1 for token
+  int64_t D;
+  int m;
+  const double* sums;  // parts × (sum, maximum) of the pooled rows' weights, or null: the kernel adds them up
+  int parts;
+  // N = 1 for reduction "sum", else m D normalizer, or m D Σμ where that is 0
+  bool mean;
+  const void* normalizer_tensor;
+  WeightType normalizer_type;
+  double normalizer;
+};
+
+template <int kLayers, int kGroups, int kIndices>
+struct Problem {
+  static constexpr int kMaxLayers = kLayers, kMaxGroups = kGroups, kMaxIndices = kIndices;
+  Weights weights;
+  int m, n;        // layers
+  int ms, ns;      // active layers (slots)
+  int group_count;
+  Dtype student_dtype, teacher_dtype;
+  bool normalize, detach, student_grad, teacher_grad, scale_grad;
+  bool store_fp16;  // gradients are stored without 2/N, which goes to grad_factor
+  double scale;
+  const void* scale_tensor;
+  WeightType scale_type;
+  double largest_omega;
+
+  // outputs, in the compute dtype
+  void *loss, *layer_losses, *attention, *entropy, *grad_factor, *d_scale;  // attention, entropy: null without details
+
+  double* partials;  // (grid, 2m + 1): Σμ|e|² and Σμ·entropy of each slot, the scale's gradient
+  unsigned* ticket;  // how many blocks have finished; 0 before and after
+  char* scratch;     // (grid, scratch_bytes) for what shared memory does not hold, or null
+  int64_t scratch_bytes;
+  int columns;       // of a row that shared memory holds at a time
+
+  Layer layers[kLayers];       // m student layers, then n teacher layers, active ones first
+  float omega[kLayers];        // of student slots
+  uint16_t original[kLayers];  // index of the layer as the caller counts, per side
+  Group groups[kGroups];
+  uint16_t index[kIndices];
+};
+// Kernel parameters may take 32764 bytes; the small one keeps the launch of a usual problem short.
+using SmallProblem = Problem<48, 12, 160>;
+using LargeProblem = Problem<256, 128, 8320>;
+static_assert(sizeof(LargeProblem) <= 32764);
+
+}  // namespace alp::cuda

@@ -1,0 +1,208 @@
+// Rows and their weights, as both kernels need them: where a row lies, what it weighs, and N.
+#pragma once
+
+#include "device.cuh"
+#include "problem.h"
+
+namespace alp::cuda {
+
+constexpr int kWarpSize = 32;
+
+template <class T>
+ALP_DEVICE T warp_sum(T value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+template <class T>
+ALP_DEVICE T warp_max(T value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Element at of a tensor of any real dtype.
+ALP_DEVICE double real_value(const void* data, WeightType type, int64_t at) {
+  switch (type) {
+    case WeightType::none: return 1;
+    case WeightType::boolean: return static_cast<const uint8_t*>(data)[at] != 0;
+    case WeightType::u8: return static_cast<const uint8_t*>(data)[at];
+    case WeightType::i8: return static_cast<const int8_t*>(data)[at];
+    case WeightType::i16: return static_cast<const int16_t*>(data)[at];
+    case WeightType::i32: return static_cast<const int32_t*>(data)[at];
+    case WeightType::i64: return double(static_cast<const int64_t*>(data)[at]);
+    case WeightType::f16: return fp16_to_float(static_cast<const uint16_t*>(data)[at]);
+    case WeightType::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[at]);
+    case WeightType::f32: return static_cast<const float*>(data)[at];
+    case WeightType::f64: return static_cast<const double*>(data)[at];
+  }
+  return 1;
+}
+
+// Weights of 0 and less count as 0; NaN stays NaN.
+ALP_DEVICE double position_weight(const Weights& w, int64_t position) {
+  const double weight = real_value(w.data, w.type, position);
+  return weight <= 0 ? 0 : weight;
+}
+
+struct Row {
+  double mu;          // the row's weight
+  double mean_total;  // of "mean": the sum of the weights over its positions
+  int64_t position;   // among the (*lead) rows; the first one of "mean"
+};
+
+// For a whole warp: every lane gets the row.
+ALP_DEVICE Row find_row(const Weights& w, int64_t r) {
+  const int lane = thread_index() % kWarpSize;
+  const int64_t first = r * w.seq;
+  if (w.pooling == Pooling::token || w.pooling == Pooling::cls) return {position_weight(w, first), 0, first};
+  if (w.pooling == Pooling::last) {
+    int64_t last = -1;
+    for (int64_t k = lane; k < w.seq; k += kWarpSize)
+      if (position_weight(w, first + k) != 0) last = k;
+    last = warp_max(last);
+    return {last < 0 ? 0.0 : 1.0, 0, first + (last < 0 ? 0 : last)};
+  }
+  double total = 0;
+  for (int64_t k = lane; k < w.seq; k += kWarpSize) total += position_weight(w, first + k);
+  total = warp_sum(total);
+  return {total != 0 ? 1.0 : 0.0, total, first};
+}
+
+struct WeightSums {
+  double total, largest;
+};
+ALP_DEVICE void add_weight(WeightSums& sums, double weight) {
+  sums.total += weight;
+  if (!(weight <= sums.largest)) sums.largest = weight;  // NaN too
+}
+ALP_DEVICE WeightSums warp_combine(WeightSums sums) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const double total = shuffle_xor(sums.total, mask), largest = shuffle_xor(sums.largest, mask);
+    sums.total += total;
+    if (!(largest <= sums.largest)) sums.largest = largest;
+  }
+  return sums;
+}
+
+// Sum and maximum over rows part, part + parts, … by the whole block; shared: 2 doubles per warp.
+ALP_DEVICE WeightSums block_weight_sums(const Weights& w, int part, int parts, double* shared) {
+  if (w.data == nullptr) return {double(w.rows), 1};
+  const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  WeightSums sums{0, 0};
+  if (w.sums != nullptr) {
+    for (int k = thread_index(); k < w.parts; k += block_size()) {
+      sums.total += w.sums[2 * k];
+      if (!(w.sums[2 * k + 1] <= sums.largest)) sums.largest = w.sums[2 * k + 1];
+    }
+  } else if (w.pooling == Pooling::token || w.pooling == Pooling::cls) {
+    for (int64_t r = int64_t(part) * block_size() + thread_index(); r < w.rows; r += int64_t(parts) * block_size())
+      add_weight(sums, position_weight(w, r * w.seq));
+  } else {
+    for (int64_t r = int64_t(part) * warps + warp; r < w.rows; r += int64_t(parts) * warps) {
+      const double mu = find_row(w, r).mu;
+      if (lane == 0) add_weight(sums, mu);
+    }
+  }
+  sums = warp_combine(sums);
+  sync_block();
+  if (lane == 0) {
+    shared[2 * warp] = sums.total;
+    shared[2 * warp + 1] = sums.largest;
+  }
+  sync_block();
+  sums = {0, 0};
+  for (int k = 0; k < warps; ++k) {
+    sums.total += shared[2 * k];
+    if (!(shared[2 * k + 1] <= sums.largest)) sums.largest = shared[2 * k + 1];
+  }
+  sync_block();
+  return sums;
+}
+
+// What does not change from row to row.
+struct Constants {
+  double scale;
+  double N;      // of the loss
+  double total;  // Σμ
+  double factor;     // left out of stored gradients, for grad_factor
+  double unit;       // 2w = unit ω_i μ_r, as stored
+};
+
+template <class P>
+ALP_DEVICE Constants find_constants(const P& p, double* shared) {
+  const WeightSums sums = block_weight_sums(p.weights, 0, 1, shared);
+  Constants c;
+  c.scale = p.scale_tensor != nullptr ? real_value(p.scale_tensor, p.scale_type, 0) : p.scale;
+  c.total = sums.total;
+  double count = p.weights.normalizer;
+  if (p.weights.normalizer_tensor != nullptr)
+    count = real_value(p.weights.normalizer_tensor, p.weights.normalizer_type, 0);
+  else if (count == 0)
+    count = sums.total;
+  c.N = p.weights.mean ? double(p.weights.m) * double(p.weights.D) * count : 1;
+  const double share = sums.total == 0 || c.N == 0 ? 0 : 2 / c.N;  // NaN goes on
+  c.factor = 1;
+  c.unit = share;
+  if (p.store_fp16) {
+    const double largest = p.largest_omega * sums.largest;
+    c.factor = share * largest;
+    c.unit = largest == 0 || share == 0 ? 0 : 1 / largest;
+  }
+  return c;
+}
+
+ALP_DEVICE const char* row_of(const Layer& layer, int64_t r) {
+  if (layer.inner == 0) return layer.data + r * layer.inner_stride;
+  return layer.data + (r / layer.inner) * layer.outer_stride + (r % layer.inner) * layer.inner_stride;
+}
+
+// Zeros at any alignment, by the threads lane, lane + lanes, …
+ALP_DEVICE void zero_bytes(char* at, int64_t bytes, int lane, int lanes) {
+  if ((reinterpret_cast<uintptr_t>(at) | uintptr_t(bytes)) % 16 == 0) {
+    for (int64_t k = lane; k < bytes / 16; k += lanes) store16_streaming(at + 16 * k, {0, 0, 0, 0});
+  } else {
+    for (int64_t k = lane; k < bytes / 2; k += lanes) reinterpret_cast<uint16_t*>(at)[k] = 0;
+  }
+}
+
+// Adds up the partial sums of all blocks, in the last one that gets here. Every block passes once, after a
+// barrier behind its partial sums; shared: one unsigned. Sums over blocks are in a fixed order.
+template <class A, class P>
+ALP_DEVICE void finish(const P& p, const Constants& c, unsigned* shared) {
+  if (thread_index() == 0) *shared = take_ticket(p.ticket, unsigned(grid_size()));
+  sync_block();
+  if (*shared != unsigned(grid_size()) - 1) return;
+  acquire();
+  const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int pitch = 2 * p.m + 1;
+  double* totals = p.partials + int64_t(grid_size()) * pitch;  // (2m + 1)
+  for (int k = warp; k < pitch; k += warps) {
+    double sum = 0;
+    for (int b = lane; b < grid_size(); b += kWarpSize) sum += load_uncached(p.partials + int64_t(b) * pitch + k);
+    sum = warp_sum(sum);
+    if (lane == 0) totals[k] = sum;
+  }
+  sync_block();
+  if (thread_index() != 0) return;
+  for (int i = 0; i < p.m; ++i) {
+    static_cast<A*>(p.layer_losses)[i] = 0;
+    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[i] = 0;
+  }
+  double loss = 0;
+  for (int i = 0; i < p.ms; ++i) {
+    const double share = c.total == 0 ? 0 : double(p.omega[i]) * totals[i] / c.N;
+    loss += share;
+    static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
+    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[p.original[i]] = A(c.total == 0 ? 0 : totals[p.m + i] / c.total);
+  }
+  *static_cast<A*>(p.loss) = A(loss);
+  *static_cast<A*>(p.grad_factor) = A(c.factor);
+  *static_cast<A*>(p.d_scale) = A(totals[2 * p.m] * c.factor);
+}
+
+}  // namespace alp::cuda

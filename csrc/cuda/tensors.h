@@ -1,0 +1,133 @@
+// Tensors in, plain data out: dtypes, rows, and the layer map as dense blocks.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <map>
+#include <vector>
+
+#include "problem.h"
+
+namespace alp::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline Dtype hidden_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "alpkd_fast: hidden states must be float16, bfloat16, float32 or float64");
+  }
+  return Dtype::f32;
+}
+
+inline WeightType weight_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Bool: return WeightType::boolean;
+    case ScalarType::Byte: return WeightType::u8;
+    case ScalarType::Char: return WeightType::i8;
+    case ScalarType::Short: return WeightType::i16;
+    case ScalarType::Int: return WeightType::i32;
+    case ScalarType::Long: return WeightType::i64;
+    case ScalarType::Half: return WeightType::f16;
+    case ScalarType::BFloat16: return WeightType::bf16;
+    case ScalarType::Float: return WeightType::f32;
+    case ScalarType::Double: return WeightType::f64;
+    default: STD_TORCH_CHECK(false, "attention_mask: this dtype is not supported; pass bool, integers or floats");
+  }
+  return WeightType::none;
+}
+
+// Rows as the kernels want them: D contiguous elements, leading dimensions merged into at most two strides.
+// False where the tensor's own strides do not allow that.
+inline bool as_rows(const Tensor& tensor, Layer* layer) {
+  const int64_t last = tensor.dim() - 1, size = dtype_size(hidden_dtype(tensor));
+  if (tensor.size(last) > 1 && tensor.stride(last) != 1) return false;
+  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};
+  int used = 0;  // merged dimensions found so far, innermost first
+  for (int64_t k = last - 1; k >= 0; --k) {
+    const int64_t length = tensor.size(k), stride = tensor.stride(k) * size;
+    if (length == 1) continue;
+    if (used > 0 && stride == strides[used - 1] * sizes[used - 1]) {
+      sizes[used - 1] *= length;
+    } else if (used < 2) {
+      sizes[used] = length;
+      strides[used++] = stride;
+    } else {
+      return false;
+    }
+  }
+  layer->data = static_cast<const char*>(tensor.data_ptr());
+  layer->inner_stride = strides[0];
+  layer->inner = used == 2 ? sizes[0] : 0;
+  layer->outer_stride = strides[1];
+  return true;
+}
+
+struct Side {
+  std::vector<Layer> layers;
+  Tensors copies;  // of layers whose strides rows cannot follow; they live until the launch is queued
+  Tensors gradients;
+  bool wanted = false;
+
+  Side(const Tensors& tensors, const std::vector<bool>& want) : layers(tensors.size()) {
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      Layer& layer = layers[k];
+      if (!as_rows(tensors[k], &layer)) {
+        copies.push_back(torch::stable::contiguous(tensors[k]));
+        as_rows(copies.back(), &layer);
+      }
+      layer.grad = nullptr;
+      if (!want[k]) continue;
+      wanted = true;
+      gradients.push_back(torch::stable::new_empty(tensors[k], tensors[k].sizes()));
+      layer.grad = static_cast<char*>(gradients.back().data_ptr());
+    }
+  }
+};
+
+// Student layers with one and the same set of teacher layers form a group. Layers of weight 0 and teacher
+// layers that nobody attends to come behind the others.
+struct LayerMap {
+  std::vector<int> students, teachers;  // slot → layer, inactive layers last
+  int ms = 0, ns = 0;                   // active ones
+  std::vector<Group> groups;
+  std::vector<uint16_t> index;
+
+  LayerMap(int m, int n, const std::vector<int64_t>& counts, const std::vector<int64_t>& layers,
+           const std::vector<double>& omega) {
+    std::map<std::vector<int>, std::vector<int>> students_of;  // set of teachers → students
+    std::vector<int> slot(n, -1);
+    size_t next = 0;
+    for (int i = 0; i < m; ++i) {
+      std::vector<int> attended;
+      if (counts.empty())
+        for (int j = 0; j < n; ++j) attended.push_back(j);
+      else
+        for (int64_t k = 0; k < counts[i]; ++k) attended.push_back(int(layers[next++]));
+      if (omega[i] == 0) continue;
+      for (int j : attended) slot[j] = 0;
+      students_of[std::move(attended)].push_back(i);
+    }
+    for (int j = 0; j < n; ++j)
+      if (slot[j] == 0) slot[j] = ns++, teachers.push_back(j);
+    for (int j = 0; j < n; ++j)
+      if (slot[j] < 0) teachers.push_back(j);
+    for (auto& [attended, members] : students_of) {
+      groups.push_back({uint16_t(ms), uint16_t(members.size()), uint16_t(index.size()), uint16_t(attended.size())});
+      for (int j : attended) index.push_back(uint16_t(slot[j]));
+      for (int i : members) students.push_back(i);
+      ms += int(members.size());
+    }
+    for (int i = 0; i < m; ++i)
+      if (omega[i] == 0) students.push_back(i);
+  }
+};
+
+}  // namespace alp::cuda
