@@ -2,6 +2,7 @@
 // Nothing here waits for the device or reads its memory.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -10,6 +11,7 @@
 #include "device.cuh"
 #include "generic_kernel.cuh"
 #include "launch.h"
+#include "matrix_kernel.cuh"
 #include "scale_kernel.cuh"
 #include "tensors.h"
 #include "weights_kernel.cuh"
@@ -59,7 +61,9 @@ unsigned* find_ticket(const char* name, const Device& device, cudaStream_t strea
 }
 
 template <class T>
-T* pointer(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
 
 // The call's arguments in plain form, before a kernel is chosen.
 struct Call {
@@ -78,6 +82,7 @@ struct Plan {
   void (*kernel)(const P);
   int threads, columns;
   int64_t shared, scratch;
+  int team = 1, stages = 1;  // of the matrix kernel
 };
 
 template <class A, class P>
@@ -102,9 +107,82 @@ Plan<P> plan_generic(const Device& device, int ms, int ns, int64_t D) {
 }
 
 template <class P>
+using MatrixEntry = void (*)(const P);
+template <class P, bool kBf16>
+MatrixEntry<P> matrix_entry(int kM, int kN) {
+  if (kM == 1) return kN == 1 ? &alp_matrix<kBf16, 1, 1, P> : &alp_matrix<kBf16, 1, 2, P>;
+  return kN == 1 ? &alp_matrix<kBf16, 2, 1, P> : &alp_matrix<kBf16, 2, 2, P>;
+}
+
+bool rows_aligned(const std::vector<Layer>& layers) {
+  for (const Layer& layer : layers)
+    if ((reinterpret_cast<uintptr_t>(layer.data) | uintptr_t(layer.inner_stride) | uintptr_t(layer.outer_stride) |
+         reinterpret_cast<uintptr_t>(layer.grad)) %
+            16 !=
+        0)
+      return false;
+  return true;
+}
+
+// The matrix kernel where it takes the problem: 16-bit rows of one dtype at 16-byte steps, D a multiple of 32, up
+// to 16 student and 32 teacher layers to a group, and no option that needs more than student gradients.
+template <class P>
+std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call& call) {
+  const char* forced = std::getenv("ALPKD_FAST_CUDA_KERNEL");
+  if (forced != nullptr && std::string(forced) == "generic") return std::nullopt;
+  const int64_t D = p.weights.D;
+  const bool narrow = p.student_dtype == Dtype::bf16 || p.student_dtype == Dtype::f16;
+  if (!narrow || p.teacher_dtype != p.student_dtype || p.normalize || p.teacher_grad || D % kUnit != 0 ||
+      p.weights.pooling == Pooling::mean || !rows_aligned(call.students.layers) || !rows_aligned(call.teachers.layers))
+    return std::nullopt;
+  const std::vector<Group>& groups = call.map.groups;
+  int most_m = 1, most_n = 1;
+  for (const Group& g : groups) most_m = std::max<int>(most_m, g.m), most_n = std::max<int>(most_n, g.n);
+  if (most_m > 16 || most_n > 32 || groups.size() > 4) return std::nullopt;
+  const int kM = (most_m + 7) / 8, kN = (most_n + 15) / 16, most_warps = matrix_warps(kM, kN);
+  auto bytes = [&](int64_t columns, int warps, int team, int stages) {
+    return MatrixLayout(p.ms, p.ns, int(columns), warps, team, stages, kM, kN).bytes;
+  };
+
+  int teams = most_warps;  // of one warp
+  while (teams > 0 && bytes(D, teams, 1, 1) > device.shared_bytes) --teams;
+  int team, warps, stages = 1;
+  int64_t columns = D;
+  const bool few_rows = p.weights.rows <= 2 * int64_t(device.multiprocessors);
+  if (few_rows && bytes(D, 8, 8, 1) <= device.shared_bytes) {
+    team = warps = 8;  // one row after the other, as quickly as a multiprocessor can
+  } else if (teams >= 2) {
+    // Enough teams that copies never stop, and at least 6 warps.
+    team = teams >= 6 ? 1 : teams >= 3 ? 2 : 4;
+    warps = most_warps / team * team;
+    while (bytes(D, warps, team, 1) > device.shared_bytes) warps -= team;
+    if (warps == 0) return std::nullopt;
+  } else {
+    if (groups.size() > 1) return std::nullopt;
+    team = warps = 8;
+    stages = 2;
+    int64_t parts = 2;
+    auto columns_of = [&] { return ((D + parts - 1) / parts + kUnit - 1) / kUnit * kUnit; };
+    while (columns_of() > kUnit && bytes(columns_of(), 8, 8, 2) > device.shared_bytes) ++parts;
+    columns = columns_of();
+    if (bytes(columns, 8, 8, 2) > device.shared_bytes) return std::nullopt;
+  }
+  return Plan<P>{"alp_matrix",
+                 p.student_dtype == Dtype::bf16 ? matrix_entry<P, true>(kM, kN) : matrix_entry<P, false>(kM, kN),
+                 warps * kWarpSize,
+                 int(columns),
+                 bytes(columns, warps, team, stages),
+                 0,
+                 team,
+                 stages};
+}
+
+template <class P>
 void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan<P>& plan) {
   const LayerMap& map = call.map;
   p.columns = plan.columns;
+  p.team = plan.team;
+  p.stages = plan.stages;
   for (int i = 0; i < p.m; ++i) {
     p.layers[i] = call.students.layers[map.students[i]];
     p.omega[i] = call.omega[map.students[i]];
@@ -176,8 +254,18 @@ Outputs alp_cuda(Tensors student, Tensors teacher, std::optional<Tensor> row_wei
   attention_shape.insert(attention_shape.end(), first.sizes().begin(),
                          first.sizes().end() - (pooling == Pooling::token ? 1 : 2));
   attention_shape.push_back(n);
-  Call call{first,     students, teachers, map, omega, details, make({}), make({m}),
-            make(details ? attention_shape : std::vector<int64_t>{0}), make({details ? m : 0}), make({}), make({})};
+  Call call{first,
+            students,
+            teachers,
+            map,
+            omega,
+            details,
+            make({}),
+            make({m}),
+            make(details ? attention_shape : std::vector<int64_t>{0}),
+            make({details ? m : 0}),
+            make({}),
+            make({})};
 
   auto describe = [&](auto& p) {
     p.weights = {weights ? weights->data_ptr() : nullptr,
@@ -218,8 +306,12 @@ Outputs alp_cuda(Tensors student, Tensors teacher, std::optional<Tensor> row_wei
   };
   auto run_as = [&]<class P>(P p) {
     describe(p);
-    run(call, p, device, stream,
-        f64 ? plan_generic<double, P>(device, map.ms, map.ns, D) : plan_generic<float, P>(device, map.ms, map.ns, D));
+    std::optional<Plan<P>> plan;
+    if constexpr (std::is_same_v<P, SmallProblem>) plan = plan_matrix(device, p, call);
+    if (!plan)
+      plan =
+          f64 ? plan_generic<double, P>(device, map.ms, map.ns, D) : plan_generic<float, P>(device, map.ms, map.ns, D);
+    run(call, p, device, stream, *plan);
   };
   STD_TORCH_CHECK(fits<LargeProblem>(call), "alpkd_fast: the cuda backend takes up to ", LargeProblem::kMaxLayers,
                   " layers, student and teacher together, got ", m + n, "; use backend=\"reference\"");
@@ -227,8 +319,8 @@ Outputs alp_cuda(Tensors student, Tensors teacher, std::optional<Tensor> row_wei
     run_as(SmallProblem{});
   else
     run_as(LargeProblem{});
-  return {call.loss,    call.layer_losses,  call.attention,     call.entropy, call.grad_factor,
-          call.d_scale, students.gradients, teachers.gradients};
+  return {call.loss,        call.layer_losses, call.attention,     call.entropy,
+          call.grad_factor, call.d_scale,      students.gradients, teachers.gradients};
 }
 
 Dtype factor_dtype(const char* name, const Tensor& factor, const Tensor& like) {

@@ -22,10 +22,16 @@ ALP_DEVICE int grid_size() { return gridDim.x; }
 ALP_DEVICE void sync_block() { __syncthreads(); }
 ALP_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
-ALP_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+ALP_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 template <class T>
-ALP_DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+ALP_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 
+ALP_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+ALP_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 ALP_DEVICE float bf16_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 ALP_DEVICE float fp16_to_float(uint16_t bits) {
   float value;
@@ -65,6 +71,62 @@ ALP_DEVICE Bytes16 load16_mutable(const void* from) {  // of memory that the ker
 // Written once, not read again by this kernel: past the caches' hot lines.
 ALP_DEVICE void store16_streaming(void* to, Bytes16 v) {
   __stcs(static_cast<uint4*>(to), make_uint4(v.x, v.y, v.z, v.w));
+}
+
+// A barrier among some warps of the block; id 1 … 15.
+ALP_DEVICE void sync_warps(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+ALP_DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+
+// 16 bytes from global to shared memory, in the background; a thread waits for all but its newest groups.
+ALP_DEVICE void copy16_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+ALP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kNewest>
+ALP_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// Four 8×8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+ALP_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+ALP_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d (16×8) += a (16×16) b (16×8), in fp32
+template <bool kBf16>
+ALP_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (kBf16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Two 16-bit values in a word, the first in its low half.
+template <bool kBf16>
+ALP_DEVICE uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (kBf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
 }
 
 }  // namespace alp::cuda

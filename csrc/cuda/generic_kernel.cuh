@@ -50,14 +50,14 @@ ALP_DEVICE void load4(const char* row, Dtype type, int64_t at, float* out) {
 // What shared memory holds, or the block's part of the scratch memory for the arrays of m·n that it does not.
 template <class A>
 struct Arrays {
-  A *s, *t, *h;           // (ms, pitch), (ns, pitch), (ms, pitch) columns of the row: s_i, t_j, and e_i or h_C
-  A *z, *a, *c;           // (ns, ms) ⟨s_i, t_j⟩, a_ij, and p_ij, then c_ij = a_ij (p_ij − Σ_j a_ij p_ij)
-  A* weight;              // (ms) 2w
+  A *s, *t, *h;  // (ms, pitch), (ns, pitch), (ms, pitch) columns of the row: s_i, t_j, and e_i or h_C
+  A *z, *a, *c;  // (ns, ms) ⟨s_i, t_j⟩, a_ij, and p_ij, then c_ij = a_ij (p_ij − Σ_j a_ij p_ij)
+  A* weight;     // (ms) 2w
   A *inverse_s, *inverse_c, *along_s, *along_c;  // (ms) of normalize
-  A* sums;                // (2, warps, ms) partial sums of a pass
-  double* totals;         // (2ms + 1) of the block
-  double* d_scale;        // (ms) of this row
-  double* shared;         // (2 warps) for sums over the block
+  A* sums;                                       // (2, warps, ms) partial sums of a pass
+  double* totals;                                // (2ms + 1) of the block
+  double* d_scale;                               // (ms) of this row
+  double* shared;                                // (2 warps) for sums over the block
 
   // Counts the bytes where base is null. columns is a multiple of 4.
   __host__ __device__ static int64_t lay_out(Arrays* at, char* base, char* scratch, int ms, int ns, int columns) {
@@ -109,7 +109,11 @@ struct GenericKernel {
   const bool with_gradient, through_attention;
 
   __device__ GenericKernel(const P& p, const Constants& c, const Arrays<A>& at)
-      : p(p), constants(c), at(at), pitch(p.columns + 4), chunks(int((p.weights.D + p.columns - 1) / p.columns)),
+      : p(p),
+        constants(c),
+        at(at),
+        pitch(p.columns + 4),
+        chunks(int((p.weights.D + p.columns - 1) / p.columns)),
         with_gradient(p.student_grad || p.teacher_grad || p.scale_grad),
         through_attention(with_gradient && !p.detach && (c.scale != 0 || p.scale_grad)) {}
 
@@ -218,7 +222,8 @@ struct GenericKernel {
     if (p.weights.pooling != Pooling::mean) {
       const char* from = row_of(layer, row.position);
       if constexpr (sizeof(A) == 4) {
-        if (count % 4 == 0 && (reinterpret_cast<uintptr_t>(from) + first * dtype_size(type)) % (4 * dtype_size(type)) == 0) {
+        if (count % 4 == 0 &&
+            (reinterpret_cast<uintptr_t>(from) + first * dtype_size(type)) % (4 * dtype_size(type)) == 0) {
 #pragma unroll 4
           for (int d = 4 * lane; d < count; d += 4 * kWarpSize) load4(from, type, first + d, out + d);
           return;
@@ -306,7 +311,9 @@ struct GenericKernel {
     for (int i = p.ms + warp; i < p.m; i += warps) zero_attention(i);
   }
 
-  __device__ A* attention_row(int i) { return static_cast<A*>(p.attention) + (int64_t(p.original[i]) * p.weights.rows + r) * p.n; }
+  __device__ A* attention_row(int i) {
+    return static_cast<A*>(p.attention) + (int64_t(p.original[i]) * p.weights.rows + r) * p.n;
+  }
   __device__ void zero_attention(int i) {
     for (int k = lane; k < p.n; k += kWarpSize) attention_row(i)[k] = A(0);
   }
@@ -425,12 +432,12 @@ struct GenericKernel {
     }
     if constexpr (kPass != Pass::gradients) {
 #pragma unroll
-    for (int q = 0; q < kTile; ++q) {
-      const A total0 = warp_sum(sum[0][q]), total1 = kPass == Pass::residuals ? A(0) : warp_sum(sum[1][q]);
-      if (lane != 0 || q >= tile) continue;
-      at.sums[warp * p.ms + first + q] += total0;
-      at.sums[(warps + warp) * p.ms + first + q] += total1;
-    }
+      for (int q = 0; q < kTile; ++q) {
+        const A total0 = warp_sum(sum[0][q]), total1 = kPass == Pass::residuals ? A(0) : warp_sum(sum[1][q]);
+        if (lane != 0 || q >= tile) continue;
+        at.sums[warp * p.ms + first + q] += total0;
+        at.sums[(warps + warp) * p.ms + first + q] += total1;
+      }
     }
   }
 

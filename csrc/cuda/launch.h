@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace alp::cuda {
@@ -54,8 +55,9 @@ void launch(const char* name, void (*kernel)(P...), int64_t grid, int threads, s
 inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
 template <class... P, class... Q>
-void launch(const char*, void (*kernel)(P...), int64_t grid, int threads, size_t shared, cudaStream_t,
+void launch(const char* name, void (*kernel)(P...), int64_t grid, int threads, size_t shared, cudaStream_t,
             const Q&... arguments) {
+  emulation::launches() += std::string(name) + ' ' + std::to_string(threads) + ' ';
   emulation::run(unsigned(grid), unsigned(threads), shared, [&] { kernel(arguments...); });
 }
 #endif

@@ -48,8 +48,8 @@ template <int kLayers, int kGroups, int kIndices>
 struct Problem {
   static constexpr int kMaxLayers = kLayers, kMaxGroups = kGroups, kMaxIndices = kIndices;
   Weights weights;
-  int m, n;        // layers
-  int ms, ns;      // active layers (slots)
+  int m, n;    // layers
+  int ms, ns;  // active layers (slots)
   int group_count;
   Dtype student_dtype, teacher_dtype;
   bool normalize, detach, student_grad, teacher_grad, scale_grad;
@@ -67,6 +67,7 @@ struct Problem {
   char* scratch;     // (grid, scratch_bytes) for what shared memory does not hold, or null
   int64_t scratch_bytes;
   int columns;       // of a row that shared memory holds at a time
+  int team, stages;  // matrix kernel: warps that share a row, and parts of rows in shared memory at a time
 
   Layer layers[kLayers];       // m student layers, then n teacher layers, active ones first
   float omega[kLayers];        // of student slots

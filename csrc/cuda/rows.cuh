@@ -127,10 +127,10 @@ ALP_DEVICE WeightSums block_weight_sums(const Weights& w, int part, int parts, d
 // What does not change from row to row.
 struct Constants {
   double scale;
-  double N;      // of the loss
-  double total;  // Σμ
-  double factor;     // left out of stored gradients, for grad_factor
-  double unit;       // 2w = unit ω_i μ_r, as stored
+  double N;       // of the loss
+  double total;   // Σμ
+  double factor;  // left out of stored gradients, for grad_factor
+  double unit;    // 2w = unit ω_i μ_r, as stored
 };
 
 template <class P>
@@ -198,7 +198,8 @@ ALP_DEVICE void finish(const P& p, const Constants& c, unsigned* shared) {
     const double share = c.total == 0 ? 0 : double(p.omega[i]) * totals[i] / c.N;
     loss += share;
     static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
-    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[p.original[i]] = A(c.total == 0 ? 0 : totals[p.m + i] / c.total);
+    if (p.entropy != nullptr)
+      static_cast<A*>(p.entropy)[p.original[i]] = A(c.total == 0 ? 0 : totals[p.m + i] / c.total);
   }
   *static_cast<A*>(p.loss) = A(loss);
   *static_cast<A*>(p.grad_factor) = A(c.factor);

@@ -16,9 +16,12 @@ struct ScaleProblem {
   int64_t numel[kMaxTensors];
 };
 
-template <class A>
-ALP_DEVICE void scale_element(char* data, Dtype type, int64_t at, A factor) {
-  store_element(data, type, at, load_element<A>(data, type, at) * factor);
+// One fp32 value or two 16-bit ones
+ALP_DEVICE uint32_t scale_word(uint32_t word, Dtype type, float factor) {
+  if (type == Dtype::f32) return float_bits(bits_float(word) * factor);
+  const uint16_t low = uint16_t(word), high = uint16_t(word >> 16);
+  return type == Dtype::bf16 ? pack<true>(bf16_to_float(low) * factor, bf16_to_float(high) * factor)
+                             : pack<false>(fp16_to_float(low) * factor, fp16_to_float(high) * factor);
 }
 
 __global__ void __launch_bounds__(kScaleThreads) alp_scale_gradients(const __grid_constant__ ScaleProblem p) {
@@ -31,26 +34,17 @@ __global__ void __launch_bounds__(kScaleThreads) alp_scale_gradients(const __gri
   const int64_t per16 = 16 / dtype_size(p.dtype);
   for (int k = 0; k < p.count; ++k) {
     char* data = p.data[k];
-    const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-    const int64_t vectors = aligned ? p.numel[k] / per16 : 0;
+    const bool vectorised = p.dtype != Dtype::f64 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    const int64_t vectors = vectorised ? p.numel[k] / per16 : 0;
 #pragma unroll 2
     for (int64_t v = first; v < vectors; v += step) {
-      Bytes16 bytes = load16_mutable(data + 16 * v);
-      char* elements = reinterpret_cast<char*>(&bytes);
-      if (p.dtype == Dtype::f64) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) scale_element<double>(elements, p.dtype, e, factor);
-      } else if (p.dtype == Dtype::f32) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) scale_element<float>(elements, p.dtype, e, float(factor));
-      } else {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) scale_element<float>(elements, p.dtype, e, float(factor));
-      }
-      store16_streaming(data + 16 * v, bytes);
+      const Bytes16 b = load16_mutable(data + 16 * v);
+      const float f = float(factor);
+      store16_streaming(data + 16 * v, {scale_word(b.x, p.dtype, f), scale_word(b.y, p.dtype, f),
+                                        scale_word(b.z, p.dtype, f), scale_word(b.w, p.dtype, f)});
     }
     for (int64_t at = vectors * per16 + first; at < p.numel[k]; at += step)
-      scale_element<double>(data, p.dtype, at, factor);
+      store_element(data, p.dtype, at, load_element<double>(data, p.dtype, at) * factor);
   }
 }
 

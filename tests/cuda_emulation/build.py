@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -39,3 +40,13 @@ def load() -> None:
         )  # fmt: skip
         built.rename(target)
     torch.ops.load_library(str(target))
+    _library.append(ctypes.CDLL(str(target)))
+    _library[-1].alpkd_emulation_launches.restype = ctypes.c_char_p
+
+
+_library: list[ctypes.CDLL] = []
+
+
+def launches() -> str:
+    """Name and block size of every kernel launched since the last call."""
+    return _library[-1].alpkd_emulation_launches().decode()

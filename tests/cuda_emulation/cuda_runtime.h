@@ -35,22 +35,33 @@ enum cudaDeviceAttr {
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 232448;
+// ALPKD_EMULATION_DEVICE picks one: with less shared memory, rows are shared by more warps and taken in parts.
+inline cudaError_t cudaGetDevice(int* device) {
+  const char* chosen = std::getenv("ALPKD_EMULATION_DEVICE");
+  return *device = chosen == nullptr ? 0 : std::atoi(chosen), cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  constexpr int kShared[] = {232448, 20 << 10, 14 << 10, 10 << 10, 40 << 10, 28 << 10};
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 0 ? 3 : 1)
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : kShared[device];
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
 template <class F>
-cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 template <class F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
 template <class T>
-cudaError_t cudaGetSymbolAddress(void** address, T& symbol) { return *address = &symbol, cudaSuccess; }
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  return *address = &symbol, cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;
 }

@@ -36,10 +36,16 @@ inline T from_lane(T value, int lane) {
   return value;
 }
 template <class T>
-inline T shuffle_xor(T value, int mask) { return from_lane(value, emulation::lane() ^ mask); }
+inline T shuffle_xor(T value, int mask) {
+  return from_lane(value, emulation::lane() ^ mask);
+}
 template <class T>
-inline T shuffle(T value, int lane) { return from_lane(value, lane); }
+inline T shuffle(T value, int lane) {
+  return from_lane(value, lane);
+}
 
+inline float bits_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t float_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 inline float fp16_to_float(uint16_t bits) { return float(std::bit_cast<_Float16>(bits)); }
 inline uint16_t float_to_bf16(float value) {
@@ -71,6 +77,85 @@ inline Bytes16 load16_mutable(const void* from) { return load16(from); }
 inline void store16_streaming(void* to, Bytes16 v) {
   require_aligned(to, 16);
   *static_cast<Bytes16*>(to) = v;
+}
+
+inline void sync_warps(int id, int threads) { emulation::wait_at(emulation::block().barriers[id], threads); }
+
+// A copy takes place as late as the program allows, or (order "backward") at once: it must be right either way.
+inline void copy16_async(void* to, const void* from) {
+  require_aligned(to, 16);
+  require_aligned(from, 16);
+  if (emulation::scheduler().backward) return void(std::memcpy(to, from, 16));
+  emulation::block().copies[emulation::current_thread()].open.push_back({to, from});
+}
+inline void commit_copies() {
+  emulation::Copies& copies = emulation::block().copies[emulation::current_thread()];
+  copies.groups.push_back(std::move(copies.open));
+  copies.open.clear();
+}
+template <int kNewest>
+inline void wait_copies() {
+  emulation::Copies& copies = emulation::block().copies[emulation::current_thread()];
+  for (; copies.groups.size() > size_t(kNewest); copies.groups.pop_front())
+    for (const auto& [to, from] : copies.groups.front()) std::memcpy(to, from, 16);
+}
+
+// PTX ISA, "Warp-level matrix load instruction: ldmatrix": thread l receives, of every matrix, the elements
+// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; with .trans of column l / 4.
+inline void load_rows(uint32_t (&out)[4], const void* row, bool transposed) {
+  require_aligned(row, 16);
+  emulation::Warp& warp = emulation::warp();
+  std::memcpy(warp.exchange[emulation::lane()], &row, sizeof row);
+  emulation::wait_for_warp();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t elements[2];
+    for (int k = 0; k < 2; ++k) {
+      const int along = 2 * (emulation::lane() % 4) + k, across = emulation::lane() / 4;
+      const uint16_t* from;
+      std::memcpy(&from, warp.exchange[8 * matrix + (transposed ? along : across)], sizeof from);
+      elements[k] = from[transposed ? across : along];
+    }
+    std::memcpy(&out[matrix], elements, 4);
+  }
+  emulation::wait_for_warp();
+}
+inline void load_matrices(uint32_t (&out)[4], const void* row) { load_rows(out, row, false); }
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { load_rows(out, row, true); }
+
+// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating-point type". With group = lane / 4, t = lane % 4:
+// element i of A (8 per thread) is row group + 8·(i / 2 % 2), column 2t + i % 2 + 8·(i / 4);
+// element i of B (4) is row 2t + i % 2 + 8·(i / 2), column group;
+// element i of C (4) is row group + 8·(i / 2), column 2t + i % 2.
+template <bool kBf16>
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Given {
+    uint16_t a[8], b[4];
+  } given;
+  std::memcpy(given.a, a, 16);
+  std::memcpy(given.b, &b0, 4);
+  std::memcpy(given.b + 2, &b1, 4);
+  emulation::Warp& warp = emulation::warp();
+  std::memcpy(warp.exchange[emulation::lane()], &given, sizeof given);
+  emulation::wait_for_warp();
+  auto widen = [](uint16_t bits) { return kBf16 ? bf16_to_float(bits) : fp16_to_float(bits); };
+  auto of_lane = [&](int lane) -> const Given& { return *reinterpret_cast<const Given*>(warp.exchange[lane]); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = emulation::lane() / 4 + 8 * (i / 2), column = 2 * (emulation::lane() % 4) + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int thread_of_k = k % 8 / 2;
+      const Given& from_a = of_lane(row % 8 * 4 + thread_of_k);
+      const Given& from_b = of_lane(column * 4 + thread_of_k);
+      d[i] += widen(from_a.a[k % 2 + 2 * (row / 8) + 4 * (k / 8)]) * widen(from_b.b[k % 2 + 2 * (k / 8)]);
+    }
+  }
+  emulation::wait_for_warp();
+}
+
+template <bool kBf16>
+inline uint32_t pack(float low, float high) {
+  const uint16_t l = kBf16 ? float_to_bf16(low) : float_to_fp16(low);
+  const uint16_t h = kBf16 ? float_to_bf16(high) : float_to_fp16(high);
+  return uint32_t(h) << 16 | l;
 }
 
 }  // namespace alp::cuda

@@ -9,8 +9,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace emulation {
@@ -29,12 +32,25 @@ struct Warp {
   alignas(16) char exchange[kWarp][64];
 };
 
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+// Copies in the background that a thread has asked for.
+struct Copies {
+  using Group = std::vector<std::pair<void*, const void*>>;
+  Group open;
+  std::deque<Group> groups;
+};
+
 struct Block {
+  Barrier barriers[16];
+  std::vector<Copies> copies;
   int index = 0, grid = 1, threads = 1;
   std::vector<char> shared;
   std::vector<Warp> warps;
-  int arrived = 0, finished = 0;
-  unsigned generation = 0;
+  int finished = 0;
 };
 
 struct Fiber {
@@ -49,6 +65,7 @@ struct Scheduler {
   std::vector<std::unique_ptr<Fiber>> fibers;
   jmp_buf home;
   int current = 0;
+  bool backward = false;
   std::function<void()> body;
 };
 inline Scheduler& scheduler() {
@@ -56,6 +73,11 @@ inline Scheduler& scheduler() {
   return one;
 }
 inline Block& block() { return scheduler().block; }
+// Names and block sizes of the kernels launched since it was last cleared.
+inline std::string& launches() {
+  static std::string names;
+  return names;
+}
 inline char* shared_memory() {
   const auto at = reinterpret_cast<uintptr_t>(block().shared.data());
   return block().shared.data() + (128 - at % 128) % 128;
@@ -81,17 +103,17 @@ inline void wait_for_warp() {
   while (w.generation == generation) leave();
 }
 
-inline void wait_for_block() {
-  Block& b = block();
-  const unsigned generation = b.generation;
-  if (++b.arrived == b.threads) {
-    b.arrived = 0;
-    ++b.generation;
+inline void wait_at(Barrier& barrier, int threads) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
     return;
   }
-  if (b.finished > 0) fail("a block waits at a barrier for threads that have returned");
-  while (b.generation == generation) leave();
+  if (block().finished > 0) fail("a barrier waits while other threads have returned");
+  while (barrier.generation == generation) leave();
 }
+inline void wait_for_block() { wait_at(block().barriers[0], block().threads); }
 
 inline void run_fiber() {
   Scheduler& s = scheduler();
@@ -121,7 +143,7 @@ inline void run(unsigned grid, unsigned threads, size_t shared_bytes, std::funct
   s.body = std::move(body);
   while (s.fibers.size() < threads) s.fibers.push_back(std::make_unique<Fiber>());
   const char* order = std::getenv("ALPKD_EMULATION_ORDER");
-  const bool backward = order != nullptr && std::strcmp(order, "backward") == 0;
+  s.backward = order != nullptr && std::strcmp(order, "backward") == 0;
   const int warps = (int(threads) + kWarp - 1) / kWarp;
   for (unsigned index = 0; index < grid; ++index) {
     Block& b = s.block;
@@ -130,11 +152,12 @@ inline void run(unsigned grid, unsigned threads, size_t shared_bytes, std::funct
     b.threads = int(threads);
     b.shared.assign(shared_bytes + 128, char(0xff));  // NaN in every dtype: what is read must have been written
     b.warps.assign(warps, Warp());
-    b.arrived = b.finished = 0;
+    b.copies.assign(threads, Copies());
+    b.finished = 0;
     for (unsigned t = 0; t < threads; ++t) s.fibers[t]->started = s.fibers[t]->done = false;
     while (b.finished < b.threads)
       for (int w = 0; w < warps; ++w) {
-        const int chosen = backward ? warps - 1 - w : w;
+        const int chosen = s.backward ? warps - 1 - w : w;
         // A warp goes on until every lane has returned or waits for the block.
         for (unsigned before = ~0u; before != b.warps[chosen].generation;) {
           before = b.warps[chosen].generation;
@@ -146,3 +169,11 @@ inline void run(unsigned grid, unsigned threads, size_t shared_bytes, std::funct
 }
 
 }  // namespace emulation
+
+// What has been launched since the last call, for the tests.
+extern "C" __attribute__((visibility("default"), used)) inline const char* alpkd_emulation_launches() {
+  static std::string taken;
+  taken = std::move(emulation::launches());
+  emulation::launches().clear();
+  return taken.c_str();
+}
