@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_emulation import build
 
 from alpkd_fast import ops
 from alpkd_fast.problem import make_problem
 from alpkd_fast.reference import reference_loss
-
-from cuda_emulation import build
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="the emulation needs g++ (or CXX)")
 
@@ -238,6 +237,14 @@ def test_matrix_kernel_keeps_nan_where_it_is():
 
 
 # ---- Rows, weights and layers -------------------------------------------------------------------------
+
+
+def test_many_row_weights_are_added_up_first():
+    weights = torch.zeros(2500)
+    weights[::600] = torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0])
+    launched()
+    check(states(2, (2500,), 8, F32), states(3, (2500,), 8, F32, 1), weights)
+    assert launched()[:2] == ["alp_row_weights", "alp_generic"]
 
 
 def test_strided_rows():

@@ -207,8 +207,8 @@ void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan
   p.scratch = plan.scratch > 0 ? reinterpret_cast<char*>(memory + 2 + sums) : nullptr;
   p.scratch_bytes = plan.scratch;
 
-  // Up to 64 Ki weights every block adds up by itself; more are worth a launch of their own.
-  constexpr int64_t kWeightsPerBlock = 64 << 10;
+  // Up to 2 Ki weights every block adds up by itself; more are worth a launch of their own.
+  constexpr int64_t kWeightsPerBlock = 2 << 10;
   const int64_t weights_read = p.weights.pooling == Pooling::cls ? p.weights.rows : p.weights.rows * p.weights.seq;
   if (p.weights.data != nullptr && weights_read > kWeightsPerBlock) {
     launch("alp_row_weights", &alp_row_weights, kWeightParts, kWeightThreads,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = sorted(FOLDER.glob("*.cu"))
+HEADERS = sorted([*FOLDER.glob("*.cuh"), *FOLDER.glob("*.h")])
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
@@ -72,13 +73,18 @@ def build(target: Path, work: Path) -> None:
             for process in running:
                 process.terminate()
             raise RuntimeError("nvcc failed, see its message above")
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}",)]
+    libraries = [f"-L{path}" for path in library_paths()]
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *map(str, objects), *libraries, "-ltorch_cpu",
          "-ldl", "-o", str(target)],
         check=True,
     )  # fmt: skip
+
+
+def up_to_date(target: Path) -> bool:
+    parts = [*SOURCES, *HEADERS, Path(__file__)]
+    return target.exists() and target.stat().st_mtime > max(part.stat().st_mtime for part in parts)
 
 
 def build_if_wanted(target: Path, work: Path) -> None:
@@ -88,6 +94,8 @@ def build_if_wanted(target: Path, work: Path) -> None:
         return
     if wanted != "1" and find_nvcc() is None:
         print("alpkd_fast: no nvcc, the CUDA backend is left out", file=sys.stderr)
+        return
+    if up_to_date(target):
         return
     try:
         build(target, work)

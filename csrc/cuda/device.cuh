@@ -61,10 +61,6 @@ struct Bytes16 {
   uint32_t x, y, z, w;
 };
 ALP_DEVICE Bytes16 load16(const void* from) {
-  const uint4 v = __ldg(static_cast<const uint4*>(from));
-  return {v.x, v.y, v.z, v.w};
-}
-ALP_DEVICE Bytes16 load16_mutable(const void* from) {  // of memory that the kernel itself writes
   const uint4 v = *static_cast<const uint4*>(from);
   return {v.x, v.y, v.z, v.w};
 }

@@ -562,7 +562,7 @@ struct MatrixKernel {
       const char* from = tile + i * pitch + 2 * begin;
 #pragma unroll 4
       for (int v = lane; v < (end - begin) / 8; v += kWarpSize)
-        store16_streaming(to + at + 16 * v, load16_mutable(from + 16 * v));
+        store16_streaming(to + at + 16 * v, load16(from + 16 * v));
     }
   }
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kScaleThreads) alp_scale_gradients(const __gri
     const int64_t vectors = vectorised ? p.numel[k] / per16 : 0;
 #pragma unroll 2
     for (int64_t v = first; v < vectors; v += step) {
-      const Bytes16 b = load16_mutable(data + 16 * v);
+      const Bytes16 b = load16(data + 16 * v);
       const float f = float(factor);
       store16_streaming(data + 16 * v, {scale_word(b.x, p.dtype, f), scale_word(b.y, p.dtype, f),
                                         scale_word(b.z, p.dtype, f), scale_word(b.w, p.dtype, f)});

@@ -73,7 +73,6 @@ inline Bytes16 load16(const void* from) {
   require_aligned(from, 16);
   return *static_cast<const Bytes16*>(from);
 }
-inline Bytes16 load16_mutable(const void* from) { return load16(from); }
 inline void store16_streaming(void* to, Bytes16 v) {
   require_aligned(to, 16);
   *static_cast<Bytes16*>(to) = v;

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command and without a network:
+#
+#   benchmarks/gpu_suite.sh OUT [build|test|sanitize|bench|all]
+#
+# build     compiles and installs the package for this card, in place
+# test      the test suite on the GPU backends
+# sanitize  compute-sanitizer's memcheck and racecheck on small cases, where it is installed
+# bench     the speed table: benchmarks/ with the markers loss and cls
+#
+# Each stage takes at most 9 minutes, can run alone, and leaves OUT/STAGE.json and OUT/STAGE.log; the last lines
+# are a short table. PYTHON names the interpreter (python3); it needs torch with CUDA, setuptools >= 77 and pytest.
+set -uo pipefail
+
+if [ $# -lt 1 ] || [ $# -gt 2 ]; then
+  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+wanted=${2:-all}
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_INDEX=1
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+readonly LIMIT=535 # seconds
+
+build() {
+  # Only this card's code: the default also builds for sm_80 and PTX.
+  local arch
+  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return
+  ALPKD_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} \
+    "$python" -m pip install --no-deps --no-build-isolation --editable . &&
+    "$python" -c 'import alpkd_fast; print(alpkd_fast.backends())'
+}
+
+run_tests() {
+  local backends
+  backends=$("$python" -c 'import alpkd_fast; print(",".join(k for k, v in alpkd_fast.backends().items()
+    if v is None and k in ("cuda", "triton")))') || return
+  [ -n "$backends" ] || { echo "no GPU backend is usable: run the stage build first"; return 1; }
+  "$python" -m pytest tests --backends "$backends" --ignore tests/test_cuda_emulated.py --junitxml "$out/test.xml" -q
+}
+
+sanitize() {
+  local tool failed=0
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "SKIPPED: compute-sanitizer was not found"
+    return 0
+  fi
+  for tool in memcheck racecheck; do
+    # Without torch's caching allocator every tensor has bounds of its own.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-name regex:alp_ "$python" benchmarks/gpu_report.py small-cases || failed=1
+  done
+  return $failed
+}
+
+bench() {
+  if [ ! -f benchmarks/test_loss.py ]; then
+    echo "SKIPPED: benchmarks/test_loss.py is not part of this checkout"
+    return 0
+  fi
+  "$python" -m pytest benchmarks -m "loss or cls" --device cuda --results "$out/bench.csv" -q
+}
+
+stage() {
+  local name=$1 start=$SECONDS code
+  echo "== $name"
+  # A subshell of this script under timeout, so that functions can be timed out.
+  timeout -k 5 "$LIMIT" bash benchmarks/gpu_suite.sh "$out" "run-$name" 2>&1 | tee "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  "$python" benchmarks/gpu_report.py stage "$out" "$name" "$code" "$((SECONDS - start))"
+  return "$code"
+}
+
+case $wanted in
+  run-build) build ;;
+  run-test) run_tests ;;
+  run-sanitize) sanitize ;;
+  run-bench) bench ;;
+  build | test | sanitize | bench) stage "$wanted" ;;
+  all)
+    failed=0
+    for name in build test sanitize bench; do stage "$name" || failed=1; done
+    "$python" benchmarks/gpu_report.py table "$out"
+    exit $failed
+    ;;
+  *)
+    echo "unknown stage $wanted; known are build, test, sanitize, bench, all" >&2
+    exit 2
+    ;;
+esac
