@@ -76,8 +76,8 @@ def build(target: Path, work: Path) -> None:
     libraries = [f"-L{path}" for path in library_paths()]
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *map(str, objects), *libraries, "-ltorch_cpu",
-         "-ldl", "-o", str(target)],
+        [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *map(str, objects), *libraries,
+         "-ltorch_cpu", "-ldl", "-o", str(target)],
         check=True,
     )  # fmt: skip
 
