@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..hf.config import PROJECTIONS, DistillationConfig
+from ..hf.config import PROJECTIONS, SIDES, DistillationConfig
 from ..hf.extras import require
 from ..hf.methods import METHODS
 from ..hf.students import CHOICES
@@ -112,6 +112,7 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pooling", choices=POOLINGS, help="rows of the loss on hidden states; cls, for mlm token")
     group.add_argument("--layer-map", choices=KINDS, help="overrides the method's")
     group.add_argument("--scale", type=_weight, help="of the attention; 1/sqrt(width)")
+    group.add_argument("--learn-scale", action=flag, default=False, help="starting at --scale")
     group.add_argument("--normalize", action=flag, help="compare L2-normalised rows; the method's own form")
     group.add_argument("--detach-attention", action=flag, default=False, help="no gradient through the attention")
     group.add_argument("--layer-weights", nargs="+", type=_weight, metavar="W", help="one per student layer; 1 each")
@@ -119,6 +120,7 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher-layers", nargs="+", type=int, metavar="J", help="that take part, from 0; all")
     group.add_argument("--drop-last-layer", action=flag, help="leave the last student layer out; PKD does")
     group.add_argument("--projection", choices=PROJECTIONS, default=default.projection, help="%(default)s")
+    group.add_argument("--projected-side", choices=SIDES, default=default.projected_side, help="%(default)s")
     group.add_argument("--projection-bias", action=flag, default=True, help="whether the projection has one")
     group.add_argument("--backend", default=default.backend, help="of the loss; %(default)s")
 

@@ -64,6 +64,8 @@ _VARIANT_OPTIONS: dict[str, Any] = {
     "detach_attention": _BOOL,
     "drop_last_layer": _BOOL,
     "projection": str,
+    "projected_side": str,
+    "learn_scale": _BOOL,
     "temperature": float,
     "ce_weight": float,
     "kd_weight": float,

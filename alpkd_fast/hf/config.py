@@ -11,6 +11,7 @@ from ..problem import POOLINGS
 from .methods import METHODS, Method
 
 PROJECTIONS = ("auto", "none", "shared", "per-layer")
+SIDES = ("teacher", "student")
 
 
 @dataclass
@@ -41,9 +42,11 @@ class DistillationConfig:
             all. The layer map then counts within them.
         drop_last_layer: leave the last student layer and its row of the map out; None for the method's own way
             (PKD leaves it out).
-        projection: φ from the teacher's to the student's width: "auto" (one, where the widths differ), "none",
-            "shared" (one) or "per-layer" (one per student layer that takes part).
-        projection_bias: whether φ has a bias.
+        learn_scale: learn the scale, starting at ``scale``.
+        projection: between the widths: "auto" (one, where they differ), "none", "shared" (one) or "per-layer" (one
+            per student layer that takes part).
+        projected_side: "teacher" (φ, to the student's width) or "student" (to the teacher's width).
+        projection_bias: whether the projection has a bias.
         seed: of the random layer maps of "rail".
         backend: of :func:`alpkd_fast.alp_loss`.
 
@@ -65,7 +68,9 @@ class DistillationConfig:
     student_layers: list[int] | None = None
     teacher_layers: list[int] | None = None
     drop_last_layer: bool | None = None
+    learn_scale: bool = False
     projection: str = "auto"
+    projected_side: str = "teacher"
     projection_bias: bool = True
     seed: int = 0
     backend: str = "auto"
@@ -73,6 +78,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("projection", self.projection, PROJECTIONS)
+        _one_of("projected_side", self.projected_side, SIDES)
         if self.pooling is not None:
             _one_of("pooling", self.pooling, POOLINGS)
         if isinstance(self.layer_map, str):
@@ -87,6 +93,8 @@ class DistillationConfig:
         fixed = METHODS[self.method].scale
         if fixed is not None and self.scale not in (None, fixed):
             raise ValueError(f'scale: method {self.method!r} fixes it to {fixed:g}, got {self.scale}; use method "alp"')
+        if fixed is not None and self.learn_scale:
+            raise ValueError(f'learn_scale: method {self.method!r} fixes the scale to {fixed:g}; use method "alp"')
         if self.ce_weight == self.kd_weight == 0 and not self.uses_hidden_states:
             raise ValueError("ce_weight, kd_weight and alp_weight leave no loss; set one of them above 0")
 
@@ -110,6 +118,7 @@ class DistillationConfig:
         method = self._method
         return {
             "scale": self.scale if method.scale is None else method.scale,
+            "learn_scale": self.learn_scale,
             "normalize": method.normalize if self.normalize is None else self.normalize,
             "detach_attention": self.detach_attention,
             "layer_weights": self.layer_weights,

@@ -22,8 +22,8 @@ from .losses import hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
 
-LOSS_NAME = "alp_loss"  # the student's submodule that holds φ
-PROJECTION_FILE = "alp_projection.safetensors"
+LOSS_NAME = "alp_loss"  # the student's submodule that holds what the loss learns
+LOSS_FILE = "alp_loss.safetensors"
 
 Inputs = dict[str, Any]
 
@@ -52,8 +52,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         **trainer_arguments: everything else that ``transformers.Trainer`` takes.
 
     Gradients do not depend on how a global batch is cut into accumulation steps and ranks: every loss is divided by
-    its count over all of them. Evaluation is the Trainer's own. What is saved is the plain student; the projection φ,
-    where there is one, lies beside it in ``alp_projection.safetensors`` and is taken up on resume.
+    its count over all of them. Evaluation is the Trainer's own. What is saved is the plain student; what the
+    loss learns (projection, scale) lies beside it in ``alp_loss.safetensors`` and is taken up on resume.
 
     Logged, as means over the optimizer steps since the last log: ``ce``, ``kd``, ``alp``, ``alp_layer_{i}`` (each
     student layer's share of ``alp``) and ``alp_entropy_{i}`` (entropy of its attention, in nats).
@@ -139,10 +139,11 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f'projection="none": the student is {student_dim} wide, the teacher {teacher_dim}; use "shared" or '
                 '"per-layer"'
             )
+        projected = student_dim != teacher_dim if projection == "auto" else projection != "none"
         loss = ALPLoss(
             student_dim,
             teacher_dim,
-            projection={"auto": None, "none": False}.get(projection, True),
+            projection=options.projected_side if projected else False,
             projections=m if projection == "per-layer" else None,
             bias=options.projection_bias,
             return_details=True,
@@ -305,32 +306,32 @@ class DistillationTrainer(LengthGroupedTrainer):
         self._sums, self._attention_sum, self._steps_since_log = {}, None, 0
         return dict(zip(names, values.tolist(), strict=False))
 
-    # ---- checkpoints: the plain student, and φ beside it ----
+    # ---- checkpoints: the plain student, and what the loss learns beside it ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         state = self.model.state_dict() if state_dict is None else state_dict
         prefix = LOSS_NAME + "."
-        projection = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
+        learned = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
         super()._save(output_dir, state_dict)
-        if projection and self.args.should_save:
-            save_file(projection, Path(output_dir or str(self.args.output_dir)) / PROJECTION_FILE)
+        if learned and self.args.should_save:
+            save_file(learned, Path(output_dir or str(self.args.output_dir)) / LOSS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projection(resume_from_checkpoint)
+        self._load_loss(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_projection(self.state.best_model_checkpoint)
+        self._load_loss(self.state.best_model_checkpoint)
 
-    def _load_projection(self, folder: str | None) -> None:
+    def _load_loss(self, folder: str | None) -> None:
         module = getattr(self.model, LOSS_NAME, None)
         # FSDP and DeepSpeed save and load the whole wrapped model, φ included.
         if module is None or not module.state_dict() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        path = Path(folder or ".") / PROJECTION_FILE
+        path = Path(folder or ".") / LOSS_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} has no {PROJECTION_FILE}, but this run learns a projection; start it anew")
+            raise ValueError(f"{folder} has no {LOSS_FILE}, but this run learns a projection or a scale; start it anew")
         module.load_state_dict(load_file(path))
 
     def _set_signature_columns_if_needed(self) -> None:

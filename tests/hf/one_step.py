@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mean-projected": {"method": "alp-po", "pooling": "mean", "hidden_size": 16},
     "token-projected": {"method": "alp-no", "pooling": "token", "hidden_size": 16},
     "last-per-layer": {"method": "uniform", "pooling": "last", "hidden_size": 16, "projection": "per-layer"},
+    "student-projected": {"method": "alp", "hidden_size": 16, "projected_side": "student", "learn_scale": True},
     "pkd": {"method": "pkd-skip", "pooling": "cls"},
     "mlm": {"method": "alp", "mlm": True, "hidden_size": 16},
     "half-padding": {"method": "alp", "pooling": "token", "hidden_size": 16, "padding_from": GLOBAL_BATCH // 2},

@@ -55,7 +55,7 @@ def test_a_subset_is_always_the_same_and_mixed(tmp_path):
 
 def test_refuses_what_is_not_there(tmp_path):
     write(tmp_path, ".csv")
-    with pytest.raises(ValueError, match="has no validation with one of .jsonl, .*; it holds train.csv"):
+    with pytest.raises(ValueError, match=r"has no validation with one of \.jsonl, .*; it holds train\.csv"):
         load_rows(str(tmp_path), SST2, "validation")
     with pytest.raises(ValueError, match="has no column 'sentence1'; it has sentence, label, idx"):
         load_rows(str(tmp_path), TASKS["mrpc"], "train")

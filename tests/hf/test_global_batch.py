@@ -71,3 +71,4 @@ def test_projection_gets_a_gradient(case, whole):
     gradients, _ = whole[case]
     assert gradients["alp_loss.proj_weight"].abs().max() > 0
     assert gradients["alp_loss.proj_bias"].abs().max() > 0
+    assert ("alp_loss.log_scale" in gradients) == ("learn_scale" in CASES[case])

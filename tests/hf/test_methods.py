@@ -53,6 +53,8 @@ def test_options_of_each_method():
         ({"kd_weight": -1}, "kd_weight must be finite and >= 0, got -1"),
         ({"scale": -1.0}, "scale must be finite and >= 0"),
         ({"method": "uniform", "scale": 1.0}, "method 'uniform' fixes it to 0"),
+        ({"method": "uniform", "learn_scale": True}, "learn_scale: method 'uniform' fixes the scale to 0"),
+        ({"projected_side": "both"}, "projected_side: got 'both'; allowed are teacher, student"),
         ({"method": "kd", "ce_weight": 0, "kd_weight": 0}, "leave no loss"),
     ],
 )

@@ -28,7 +28,7 @@ from alpkd_fast.hf.losses import soft_loss
 from alpkd_fast.hf.methods import METHODS
 from alpkd_fast.hf.tasks import TASKS
 from alpkd_fast.hf.teacher_cache import TeacherCache
-from alpkd_fast.hf.trainer import PROJECTION_FILE
+from alpkd_fast.hf.trainer import LOSS_FILE
 
 TOKENIZER = make_tokenizer()
 ROWS = encode(sentences(24, seed=1), TASKS["sst2"], TOKENIZER, 32)
@@ -160,7 +160,7 @@ def test_saved_student_is_plain(method, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = trainer.model.eval()(torch.tensor([[2, 5, 3]])).logits.flatten().tolist()
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
-    assert (tmp_path / "student" / PROJECTION_FILE).exists() == (method == "alp")
+    assert (tmp_path / "student" / LOSS_FILE).exists() == (method == "alp")
     assert set(load_file(tmp_path / "student" / "model.safetensors")) == {
         name for name in trainer.model.state_dict() if not name.startswith("alp_loss")
     }
@@ -194,8 +194,8 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(method, sampling, tmp_
 def test_resume_without_the_projection_says_so(tmp_path):
     trainer = make_trainer(tmp_path, method="alp", callbacks=[StopAt(1)])
     trainer.train()
-    (tmp_path / "checkpoint-1" / PROJECTION_FILE).unlink()
-    with pytest.raises(ValueError, match=r"has no alp_projection\.safetensors"):
+    (tmp_path / "checkpoint-1" / LOSS_FILE).unlink()
+    with pytest.raises(ValueError, match=r"has no alp_loss\.safetensors"):
         make_trainer(tmp_path, method="alp").train(resume_from_checkpoint=True)
 
 
