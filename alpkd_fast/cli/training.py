@@ -145,7 +145,11 @@ def final_score(trainer: Trainer, work: Work) -> tuple[dict[str, float], list[fl
     """Evaluate after training; on several ranks by the Trainer, which has no prediction per row to give."""
     if trainer.args.world_size == 1:
         return score(trainer.model, work)
-    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}, []
+    evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    # For classification the Trainer multiplies the mean loss by the number of ranks: left out.
+    unwanted = {"runtime", "samples_per_second", "steps_per_second", "epoch"}
+    unwanted |= set() if work.task.kind == "mlm" else {"loss"}
+    return {name: value for name, value in evaluated.items() if name not in unwanted}, []
 
 
 def metrics_function(task: Task) -> Any:

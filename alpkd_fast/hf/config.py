@@ -81,6 +81,8 @@ class DistillationConfig:
         _one_of("projected_side", self.projected_side, SIDES)
         if self.pooling is not None:
             _one_of("pooling", self.pooling, POOLINGS)
+        if self.layer_map is not None and METHODS[self.method].layer_map is None:
+            raise ValueError(f"layer_map: method {self.method!r} uses no hidden states; leave it out, or use another")
         if isinstance(self.layer_map, str):
             _one_of("layer_map", self.layer_map, KINDS)
         for name in ("ce_weight", "kd_weight", "alp_weight"):

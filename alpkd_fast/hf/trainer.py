@@ -97,7 +97,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported; start one process per GPU: "
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
-        self.teacher.eval().requires_grad_(False)
+        self.teacher.requires_grad_(False).eval()
         self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         self._student_inputs = _parameters_of(self.model.forward)
         self._teacher_inputs = _parameters_of(teacher.forward)

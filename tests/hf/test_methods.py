@@ -48,6 +48,7 @@ def test_options_of_each_method():
         ({"method": "pkd"}, "method: got 'pkd'; allowed are kd, pkd-skip"),
         ({"pooling": "max"}, "pooling: got 'max'; allowed are token"),
         ({"layer_map": "even"}, "layer_map: got 'even'; allowed are all"),
+        ({"method": "kd", "layer_map": "all"}, "layer_map: method 'kd' uses no hidden states"),
         ({"projection": "yes"}, "projection: got 'yes'; allowed are auto"),
         ({"temperature": 0}, "temperature must be finite and > 0, got 0"),
         ({"kd_weight": -1}, "kd_weight must be finite and >= 0, got -1"),
