@@ -97,10 +97,10 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported; start one process per GPU: "
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
-        self.teacher.requires_grad_(False).eval()
         self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
-        self._student_inputs = _parameters_of(self.model.forward)
-        self._teacher_inputs = _parameters_of(teacher.forward)
+        self.teacher.eval().requires_grad_(False)
+        self._student_inputs = _parameters_of(type(self.model).forward)  # the instance's may be wrapped for autocast
+        self._teacher_inputs = _parameters_of(type(teacher).forward)
 
     @property
     def attended_layers(self) -> list[int]:

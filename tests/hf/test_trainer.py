@@ -127,6 +127,21 @@ def test_learns_and_logs_every_part_under_its_name(tmp_path):
     torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "token"])
+def test_bf16_autocast_is_near_fp32(pooling, tmp_path):
+    logs = []
+    for bf16 in (False, True):
+        trainer = make_trainer(
+            tmp_path, teacher=bert(seed=1, initializer_range=0.3), method="alp", pooling=pooling,
+            arguments={"max_steps": 1, "logging_steps": 1, "bf16": bf16},
+        )  # fmt: skip
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for name in ("ce", "kd", "alp"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.05)  # a few layers of products of 8 bits each
+        assert logs[1][name] != logs[0][name]
+
+
 def test_teacher_is_frozen_and_unchanged(tmp_path):
     teacher = bert(seed=1, hidden_dropout_prob=0.5)
     teacher.train()
