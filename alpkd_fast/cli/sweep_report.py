@@ -10,12 +10,15 @@ from typing import Any
 
 from ..hf.extras import require
 from .report import print_table, pyplot, write_json
-from .sweep import BASELINE, run_path
+from .sweep_runs import run_path
 from .training import Work
 
+BASELINE = "kd"
 
-def report(args: argparse.Namespace, output: Path, methods: Sequence[str], work: Work) -> int:
-    """Summarise the finished runs into summary.json, table.md and sweep.png."""
+
+def report(args: argparse.Namespace, methods: Sequence[str], work: Work) -> int:
+    """Summarise the finished runs into summary.json, table.md and sweep.png; return the exit status."""
+    output = Path(args.output)
     teacher = json.loads((output / "sweep.json").read_text())
     rows = [
         _row(method, depth, _runs(output, method, depth, args.seeds), baseline, work, args.resamples)
@@ -46,7 +49,7 @@ def _row(
     np = require("numpy", "the table")
     main = work.task.main_metric
     values = [run["metrics"][main] for run in runs]
-    entropies = [v for run in runs for k, v in (run["last_log"] or {}).items() if k.startswith("alp_entropy")]
+    entropies = [v for run in runs for k, v in run["last_log"].items() if k.startswith("alp_entropy")]
     row: dict[str, Any] = {
         "method": method,
         "depth": depth,

@@ -1,0 +1,120 @@
+"""The runs of a sweep: one student and one JSON each, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, set_seed
+
+from ..hf.config import DistillationConfig
+from ..hf.students import student_from_teacher
+from ..hf.teacher_cache import ROW_COLUMN, TeacherCache
+from ..hf.trainer import DistillationTrainer
+from ..info import report as environment
+from .callbacks import CheckpointOnInterrupt, ProgressBar
+from .report import write_json
+from .runs import plain
+from .training import final_score, load_model, load_work, score, training_arguments
+
+NOT_SETTINGS = ("methods", "depths", "seeds", "output", "resamples")  # these may change from call to call
+
+
+class Sweep:
+    """A sweep's data and teacher, and the folder of its runs.
+
+    Raises:
+        ValueError: the folder was begun with other settings, or the data, teacher or depths do not fit.
+    """
+
+    def __init__(self, args: argparse.Namespace, layers: str | list[int]) -> None:
+        self.args, self.layers, self.output = args, layers, Path(args.output)
+        settings = {name: value for name, value in plain(args).items() if name not in NOT_SETTINGS}
+        self._check_settings(settings)
+        self.work = load_work(args, args.teacher)
+        self.teacher = load_model(args.teacher, self.work.task, new_head=False)
+        for depth in args.depths:
+            if not 1 <= depth <= (deepest := self.teacher.config.num_hidden_layers):
+                raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {deepest}")
+        self._cache = None if self.work.task.kind == "mlm" else TeacherCache()
+        for number, row in enumerate(self.work.train):
+            row[ROW_COLUMN] = number
+        self._begin(settings)
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.output / "sweep.json"
+        if not path.exists():
+            return
+        known = json.loads(path.read_text())["settings"]
+        for name, value in settings.items():
+            if known.get(name) != value:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: {self.output} was begun with {known.get(name)!r}, got {value!r}; use "
+                    "the same value to go on, or another --output"
+                )
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        (self.output / "runs").mkdir(parents=True, exist_ok=True)
+        path = self.output / "sweep.json"
+        if path.exists():
+            return
+        metrics, predictions = score(self.teacher, self.work)
+        labels = [row.get("labels") for row in self.work.validation] if predictions else []
+        teacher = {"metrics": metrics, "predictions": predictions}
+        write_json(path, {"settings": settings, "environment": environment(), "teacher": teacher, "labels": labels})
+
+    def train(self, method: str, config: DistillationConfig, depth: int, seed: int, title: str) -> bool:
+        """Train one student and write its JSON, if that is not there; False where Ctrl-C came first."""
+        path = run_path(self.output, method, depth, seed)
+        if path.exists():
+            return True
+        set_seed(seed)
+        student = student_from_teacher(self.teacher, depth, self.layers, hidden_size=self.args.hidden_size)
+        interrupt = CheckpointOnInterrupt(save=False)
+        with tempfile.TemporaryDirectory() as folder:  # the Trainer wants one, but nothing is saved
+            trainer = DistillationTrainer(
+                student,
+                self.teacher,
+                distillation=config,
+                teacher_cache=None if config.pooling == "token" else self._cache,
+                args=training_arguments(self.args, Path(folder), seed, save_steps=None),
+                train_dataset=self.work.train,
+                data_collator=self.work.collator,
+                processing_class=self.work.tokenizer,
+                callbacks=[interrupt, ProgressBar(title, Console())],
+            )
+            trainer.remove_callback(PrinterCallback)
+            started = time.perf_counter()
+            try:
+                trainer.train()
+            finally:
+                interrupt.restore()
+        if interrupt.interrupted:
+            return False
+        seconds = time.perf_counter() - started
+        metrics, predictions = final_score(trainer, self.work)
+        logs = [row for row in trainer.state.log_history if "loss" in row]
+        attention = trainer.layer_attention
+        result = {
+            "distillation": config.to_dict(),
+            "depth": depth,
+            "seed": seed,
+            "metrics": metrics,
+            "predictions": predictions,
+            "train_seconds": seconds,
+            "steps": trainer.state.global_step,
+            "last_log": logs[-1],
+            "layer_attention": None if attention is None else attention.tolist(),
+        }
+        write_json(path, result)
+        return True
+
+
+def run_path(output: Path, method: str, depth: int, seed: int) -> Path:
+    name = method.replace(":", "--").replace("=", "-").replace(",", "--")
+    return output / "runs" / f"{name}_depth{depth}_seed{seed}.json"
