@@ -217,7 +217,7 @@ def plot_attention(attention, entropy, title, path):
     m, n = attention.shape
     figure = Figure(figsize=(3.5 + 0.5 * n, 1.5 + 0.5 * m), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(attention, cmap="viridis", vmin=0, vmax=float(attention.max()))
+    image = axes.imshow(attention.numpy(), cmap="viridis", vmin=0, vmax=float(attention.max()))
     axes.set_xticks(range(n), [str(j + 1) for j in range(n)])
     axes.set_yticks(range(m), [f"{i + 1}  ({entropy[i]:.2f} nats)" for i in range(m)])
     axes.set_xlabel("teacher layer")

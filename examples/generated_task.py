@@ -1,8 +1,8 @@
 """A task that needs no download: short generated reviews, good or bad? And a small BERT to learn it.
 
-"wrong : very dull , not warm , poor but not very grim , kind": each word has a sign; "not" flips it, "very" doubles it,
-what stands after "but" counts three times, and "wrong :" in front flips the whole. Each of these rules works on what
-the one before it gives, so depth matters.
+"wrong : dull , not warm , kind but not grim": each word has a sign and "not" flips it; what stands after "but" counts
+three times, and "wrong :" in front flips the whole. Each of these rules works on what the one before it gives, so
+depth matters.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import random
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-GOOD = ("good", "fine", "bright", "warm", "kind", "calm", "fair", "glad")
-BAD = ("bad", "dull", "cold", "rude", "sad", "grim", "poor", "weak")
-VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, "not", "very", "but", "wrong", ":", ",")
+GOOD = ("good", "bright", "warm", "kind")
+BAD = ("bad", "dull", "cold", "grim")
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, "not", "but", "wrong", ":", ",")
 
 
 def make_rows(count, seed):
@@ -34,17 +34,15 @@ def review(draw):
     if draw.random() < 0.5:
         after, value = clause(draw)
         text, score = f"{text} but {after}", score + 3 * value
-    return (f"wrong : {text}", -score) if draw.random() < 0.2 else (text, score)
+    return (f"wrong : {text}", -score) if draw.random() < 0.15 else (text, score)
 
 
 def clause(draw):
     phrases, score = [], 0
-    for _ in range(draw.randint(1, 4)):
+    for _ in range(draw.randint(1, 3)):
         value = draw.choice((-1, 1))
         phrase = draw.choice(GOOD if value > 0 else BAD)
-        if draw.random() < 0.4:
-            phrase, value = f"very {phrase}", 2 * value
-        if draw.random() < 0.4:
+        if draw.random() < 0.25:
             phrase, value = f"not {phrase}", -value
         phrases.append(phrase)
         score += value
