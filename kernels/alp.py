@@ -91,7 +91,8 @@ def combine(b_rows, b_high, b_low, b_factor, ACC: tl.constexpr, DTYPE: tl.conste
     return b_sum
 
 
-@triton.jit
+# The number of rows changes from batch to batch: one compilation serves all.
+@triton.jit(do_not_specialize=["rows"])
 def alp_kernel(
     student, teacher, d_student, d_teacher,  # tuples of pointers
     student_layer_stride, teacher_layer_stride,  # where the tuple holds one pointer for all layers

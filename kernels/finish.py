@@ -6,7 +6,7 @@ import triton.language as tl
 from .common import divisor, number, select, weight_totals
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def finish_kernel(
     p_partials, p_loss, p_layer_losses, p_entropy, p_grad_factor, p_d_scale,
     programs, p_weights, p_totals, weight_stride, rows,
