@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def backend(request):
+def gpu_backend(request):
     reason = alpkd_fast.backends().get(request.param, "it is not part of this build")
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -38,40 +38,40 @@ def problem(dtype, D=768, m=6, n=12, rows=(8, 64)):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_graph_replays_follow_the_inputs(backend, dtype):
+def test_graph_replays_follow_the_inputs(gpu_backend, dtype):
     """Captured with its backward, on new inputs, more than once: no ticket, workspace or factor is left over."""
     student, teacher, mask = problem(DTYPES[dtype])
     g = torch.tensor(0.5, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(student, teacher, mask, backend, g)
+        step(student, teacher, mask, gpu_backend, g)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss, gradients = step(student, teacher, mask, backend, g)
+        loss, gradients = step(student, teacher, mask, gpu_backend, g)
     for seed in (3, 4):
         for h, fresh in zip(student, states(6, (8, 64), 768, DTYPES[dtype], seed), strict=True):
             h.copy_(fresh)
         mask[seed] = 0
         g.fill_(seed / 4)
         graph.replay()
-        want_loss, want = step(student, teacher, mask, backend, g)
+        want_loss, want = step(student, teacher, mask, gpu_backend, g)
         assert torch.equal(loss, want_loss)
         for got, expected in zip(gradients, want, strict=True):
             assert torch.equal(got, expected)
 
 
-def test_side_streams_do_not_disturb_each_other(backend):
+def test_side_streams_do_not_disturb_each_other(gpu_backend):
     problems = [problem(torch.bfloat16, m=2), problem(torch.bfloat16, m=4)]
-    want = [step(*p, backend) for p in problems]
+    want = [step(*p, gpu_backend) for p in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     for _ in range(20):
         got = []
         for stream, p in zip(streams, problems, strict=True):
             with torch.cuda.stream(stream):
-                got.append(step(*p, backend))
+                got.append(step(*p, gpu_backend))
         torch.cuda.synchronize()
         for (loss, gradients), (want_loss, want_gradients) in zip(got, want, strict=True):
             assert torch.equal(loss, want_loss)
@@ -79,61 +79,61 @@ def test_side_streams_do_not_disturb_each_other(backend):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_runs_on_the_device_of_its_inputs(backend):
+def test_runs_on_the_device_of_its_inputs(gpu_backend):
     student, teacher, mask = problem(torch.bfloat16)
-    want, _ = step(student, teacher, mask, backend)
+    want, _ = step(student, teacher, mask, gpu_backend)
     with torch.cuda.device(0):
         loss, gradients = step([h.to("cuda:1") for h in student], [h.to("cuda:1") for h in teacher], mask.to("cuda:1"),
-                               backend)  # fmt: skip
+                               gpu_backend)  # fmt: skip
         assert torch.cuda.current_device() == 0
     assert loss.device.index == gradients[0].device.index == 1
     torch.testing.assert_close(loss.cpu(), want.cpu())
 
 
 @pytest.mark.parametrize("pooling", ["token", "cls", "last", "mean"])
-def test_never_waits_for_the_device(backend, pooling):
+def test_never_waits_for_the_device(gpu_backend, pooling):
     student, teacher, mask = problem(torch.float16)
     scale = torch.tensor(0.1, device="cuda", requires_grad=True)
     options = {"pooling": pooling, "scale": scale, "normalizer": torch.tensor(50.0, device="cuda")}
-    step(student, teacher, mask, backend, **options)
+    step(student, teacher, mask, gpu_backend, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(student, teacher, mask, backend, **options)
+        step(student, teacher, mask, gpu_backend, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bitwise_deterministic(backend, dtype):
+def test_bitwise_deterministic(gpu_backend, dtype):
     inputs = problem(DTYPES[dtype])
-    loss, gradients = step(*inputs, backend)
+    loss, gradients = step(*inputs, gpu_backend)
     for _ in range(10):
-        again, more = step(*inputs, backend)
+        again, more = step(*inputs, gpu_backend)
         assert torch.equal(loss, again)
         assert all(map(torch.equal, gradients, more))
 
 
-def test_second_backward_of_a_kept_graph(backend):
+def test_second_backward_of_a_kept_graph(gpu_backend):
     student, teacher, mask = problem(torch.float16)
     student = [h.requires_grad_() for h in student]
-    loss = alpkd_fast.alp_loss(student, teacher, mask, backend=backend)
+    loss = alpkd_fast.alp_loss(student, teacher, mask, backend=gpu_backend)
     first = torch.autograd.grad(2 * loss, student, retain_graph=True)
     second = torch.autograd.grad(2 * loss, student)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_memory_beyond_inputs_and_gradients(backend):
+def test_memory_beyond_inputs_and_gradients(gpu_backend):
     student, teacher, mask = problem(torch.bfloat16, rows=(32, 128))
     student = [h.requires_grad_() for h in student]
     inputs = sum(h.nbytes for h in (*student, *teacher))
-    alpkd_fast.alp_loss(student, teacher, mask, backend=backend).backward()
+    alpkd_fast.alp_loss(student, teacher, mask, backend=gpu_backend).backward()
     for h in student:
         h.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    alpkd_fast.alp_loss(student, teacher, mask, backend=backend).backward()
+    alpkd_fast.alp_loss(student, teacher, mask, backend=gpu_backend).backward()
     extra = torch.cuda.max_memory_allocated() - before - sum(h.nbytes for h in student)
     assert extra <= 0.01 * inputs
 

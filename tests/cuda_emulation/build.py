@@ -33,8 +33,8 @@ def load() -> None:
         includes = [f"-I{path}" for path in [HERE, SOURCES, *include_paths()]]
         libraries = Path(torch.__file__).parent / "lib"
         subprocess.run(
-            [find_compiler() or "g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-attributes",
-             "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes, "-x", "c++",
+            [find_compiler() or "g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden",
+             "-Wno-attributes", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes, "-x", "c++",
              *map(str, sorted(SOURCES.glob("*.cu"))), "-o", str(built), f"-L{libraries}", "-ltorch_cpu"],
             check=True,
         )  # fmt: skip
