@@ -47,7 +47,7 @@ METHODS = {
 }
 # What options are where they are not given: for a pretrained teacher, and for the generated task.
 PRETRAINED = {"student_layers": 4, "epochs": 1, "train_rows": None, "batch_size": 32, "lr": 5e-5}
-GENERATED = {"student_layers": 2, "epochs": 3, "train_rows": 8000, "batch_size": 64, "lr": 1e-3}
+GENERATED = {"student_layers": 2, "epochs": 4, "train_rows": 8000, "batch_size": 64, "lr": 1e-3}
 
 
 class Examples:

@@ -39,7 +39,7 @@ def review(draw):
 
 def clause(draw):
     phrases, score = [], 0
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.randint(1, 2)):
         value = draw.choice((-1, 1))
         phrase = draw.choice(GOOD if value > 0 else BAD)
         if draw.random() < 0.25:
@@ -72,6 +72,6 @@ def make_bert(vocabulary_size, layers=6):
         max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.08,
+        initializer_range=0.05,
     )
     return BertForSequenceClassification(config)
