@@ -59,12 +59,13 @@ def build(target: Path, work: Path) -> None:
     if nvcc is None:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, or set CUDA_HOME")
     architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
+    work /= "".join(flag.rpartition("code=")[2] for flag in architectures)  # other GPUs, other objects
     work.mkdir(parents=True, exist_ok=True)
     objects = [work / f"{source.stem}.o" for source in SOURCES]
     common = [*FLAGS, *architectures, "--threads=0", *include_flags()]
     jobs = min(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), len(SOURCES))
     running: list[subprocess.Popen[bytes]] = []
-    waiting = list(zip(SOURCES, objects, strict=True))
+    waiting = [pair for pair in zip(SOURCES, objects, strict=True) if not up_to_date(pair[1])]
     while waiting or running:
         while waiting and len(running) < jobs:
             source, built = waiting.pop()
