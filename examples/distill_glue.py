@@ -47,7 +47,7 @@ METHODS = {
 }
 # What options are where they are not given: for a pretrained teacher, and for the generated task.
 PRETRAINED = {"student_layers": 4, "epochs": 1, "train_rows": None, "batch_size": 32, "lr": 5e-5}
-GENERATED = {"student_layers": 2, "epochs": 4, "train_rows": 8000, "batch_size": 64, "lr": 1e-3}
+GENERATED = {"student_layers": 2, "epochs": 1, "train_rows": 8000, "batch_size": 64, "lr": 1e-3}
 
 
 class Examples:
@@ -279,7 +279,7 @@ def generated(args):
         for count, seed in ((args.train_rows, 1), (1000, 2))
     )
     teacher = make_bert(len(tokenizer))
-    seconds = train(teacher, training, label_loss, args.epochs, args.lr, args.seed, "teacher")
+    seconds = train(teacher, training, label_loss, 4, args.lr, args.seed, "teacher")
     return teacher, training, validation, seconds
 
 

@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX") says for which GPUs.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,9 @@ def build(target: Path, work: Path) -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, or set CUDA_HOME")
-    architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
-    work /= "".join(flag.rpartition("code=")[2] for flag in architectures)  # other GPUs, other objects
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    architectures = architecture_flags(listed)
+    work /= re.sub("[^0-9A-Za-z.+]", "_", listed)  # other GPUs, other objects
     work.mkdir(parents=True, exist_ok=True)
     objects = [work / f"{source.stem}.o" for source in SOURCES]
     common = [*FLAGS, *architectures, "--threads=0", *include_flags()]
