@@ -10,7 +10,7 @@ from itertools import combinations_with_replacement
 
 import torch
 
-from .measure import gpu_seconds, wall_seconds
+from .measure import Disturbance, gpu_seconds, wall_seconds
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Stream:
 class Machine:
     streams: list[Stream]
     device: torch.device
+    disturbed: float = 0.0  # share of the CPU time that other processes took meanwhile
     _peaks: dict[torch.dtype, float] = field(default_factory=dict)
 
     def stream_seconds(self, read: int, written: int) -> float:
@@ -92,6 +93,7 @@ def measure_machine(device: torch.device) -> Machine:
     }
     if device.type != "cpu":
         return Machine([Stream(name, r, w, _best(run, device)) for name, (r, w, run) in streams.items()], device)
+    disturbance = Disturbance()
     threads = torch.get_num_threads()
     part = size // threads
     with ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
@@ -105,4 +107,5 @@ def measure_machine(device: torch.device) -> Machine:
 
         streams["copy (memmove)"] = (part * threads, part * threads, memmove)
         streams["fill (memset)"] = (0, part * threads, memset)
-        return Machine([Stream(name, r, w, _best(run, device)) for name, (r, w, run) in streams.items()], device)
+        measured = [Stream(name, r, w, _best(run, device)) for name, (r, w, run) in streams.items()]
+        return Machine(measured, device, disturbance.share())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import re
 import statistics
 import time
@@ -94,6 +95,29 @@ def take_turns(
             spent[name] += time.perf_counter() - start
         waiting = [name for name in waiting if len(times[name][1]) < rounds or spent[name] < seconds]
     return times
+
+
+class Disturbance:
+    """Tells which share of the machine's CPU time other processes took since it was made; 0 where unknown."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def share(self) -> float:
+        if self.start is None:
+            return 0.0
+        used, own, since = (now - then for now, then in zip(self._now(), self.start, strict=True))
+        return max(0.0, used - own) / (since * os.cpu_count())
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """CPU seconds of everything, CPU seconds of this process and its ended children, seconds on the clock."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.perf_counter()
 
 
 def median_iqr(values: Sequence[float]) -> tuple[float, float]:

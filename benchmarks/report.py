@@ -18,6 +18,7 @@ from .tables import markdown, number, seconds, size
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 BOTH = "forward+backward"
+QUIET = 0.05  # with more of the CPU time taken by other processes a row is not quoted
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ def share_of_copy_floor(row: Row) -> float:
 
 
 def ours(rows: Sequence[Row], **fields: object) -> list[Row]:
-    return [row for row in rows if row.kind == "ours" and row.median_s is not None and matches(row, **fields)]
+    return [
+        row for row in rows
+        if row.kind == "ours" and row.median_s is not None and (row.disturbed or 0) <= QUIET and matches(row, **fields)
+    ]  # fmt: skip
 
 
 def matches(row: Row, **fields: object) -> bool:
@@ -218,6 +222,7 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
   warm-up and compile time are not in them.
 - On a CPU the C library is told to keep freed memory, as allocators made for training do. With glibc's defaults the
   page faults of every new tensor come on top, for ours and for the rivals: rows marked (default malloc).
+- Rows during which other processes took more than {QUIET:.0%} of the CPU time are not in the first table.
 - *gradient*: the incoming gradient. 1 costs the fused backward on a CPU no pass; any other value costs one.
 - *extra*: peak memory of a call beyond its inputs and the tensors that it returns.
 

@@ -50,6 +50,7 @@ class Row:
     median_s: float | None = None  # GPU: between events on the device
     iqr_s: float | None = None
     wall_s: float | None = None  # median wall time of a call
+    disturbed: float | None = None  # share of the CPU time that other processes took meanwhile
     bytes_read: int | None = None
     bytes_written: int | None = None
     operations: int | None = None

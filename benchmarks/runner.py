@@ -242,11 +242,13 @@ def time_all(
                                         kind=c.provider.kind, status=status))  # fmt: skip
                 del runs[c.provider.name]
         right = [c for c in right if c.provider.name in runs]
+    disturbance = measure.Disturbance()
     times = measure.take_turns(runs, session.device, session.seconds, session.rounds)
     kind = DTYPES[dtype]
     read, written = case.bytes_moved(kind, backward)
     operations = case.operations(backward)
     floor, bound = session.machine.floor(read, written, operations, kind)
+    disturbed = max(disturbance.share(), session.machine.disturbed)
     for c in right:
         on_device, wall = times[c.provider.name]
         session.times[mode + session.note, gradient, c.provider.name] = on_device
@@ -255,7 +257,7 @@ def time_all(
         rows.append(session.row(
             case, dtype, mode, gradient=gradient, provider=c.provider.name, kind=c.provider.kind,
             error=c.error, tolerance=c.tolerance, compile_s=c.compile_s,
-            rounds=len(wall), median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(wall)[0],
+            disturbed=disturbed, rounds=len(wall), median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(wall)[0],
             bytes_read=read, bytes_written=written, operations=operations,
             bandwidth=(read + written) / session.machine.stream_seconds(read, written),
             copy_bandwidth=session.machine.copy_bandwidth, peak=session.machine.peak(kind),

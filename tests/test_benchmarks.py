@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ def small(name: str, **changes) -> cases.Case:
 
 def session() -> runner.Session:
     streams = [Stream("copy", 1, 1, 1e-10), Stream("sum", 1, 0, 4e-11)]
-    machine = Machine(streams, CPU, dict.fromkeys(cases.DTYPES.values(), 1e11))
+    machine = Machine(streams, CPU, 0.0, dict.fromkeys(cases.DTYPES.values(), 1e11))
     return runner.Session(CPU, "quick", 0.0, 2, machine, Row(run="2000-01-01T00:00:00+00:00", device="a machine"))
 
 
@@ -122,6 +123,13 @@ def test_inputs_rotate_beyond_the_cache():
     assert len(given) * sum(case.bytes_moved(torch.float32, True)) >= 60_000
     assert len({inputs.student[0].data_ptr() for inputs in given}) == len(given)
     assert not any((h == 0).any() for inputs in given for h in inputs.student + inputs.teacher)
+
+
+def test_disturbance_is_what_others_took(monkeypatch):
+    disturbance = measure.Disturbance()
+    disturbance.start = (10.0, 5.0, 100.0)  # CPU seconds of all, of ours, clock
+    monkeypatch.setattr(disturbance, "_now", lambda: (14.0, 7.0, 102.0))
+    assert disturbance.share() == pytest.approx((4.0 - 2.0) / (2.0 * os.cpu_count()))
 
 
 def test_runs_take_turns():
