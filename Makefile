@@ -42,6 +42,7 @@ mutants: $(VENV)/.dev
 # Compiles every GPU kernel for the cards it may meet and checks what came out; needs no GPU.
 gpu-check: $(VENV)/.dev
 	$(BIN)/python -m alpkd_fast.kernels.check $(if $(ALL),--all) $(ARGS)
+	$(BIN)/python csrc/cuda/check.py
 
 # The source distribution, and a wheel made from it with the objects that are compiled already.
 package: $(VENV)/.dev
