@@ -194,7 +194,7 @@ def check_all(
 
 
 def forms_to_compile(session: Session, case: Case, mode: str, forms: list[Provider]) -> list[tuple[str, str | None]]:
-    """Forms and compile modes. A full run compiles every form; a default run the one that compiled best there."""
+    """Forms and compile modes. A full run compiles every form; a default run bmm, to save time."""
     if session.level != "full":
         wanted = session.level == "default" and mode != "forward" and case.pooling == "token" and not case.teacher_dim
         return [(form.name, None) for form in forms if form.name == "bmm" and wanted]
