@@ -16,13 +16,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint types bench mutants gpu-check package clean
+.PHONY: demo test test-triton lint types bench mutants gpu-check package clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/distill_glue.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The same parity tests on the Triton kernels, run on the CPU by Triton's interpreter: some minutes, no GPU needed.
+test-triton: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --backends triton tests/test_parity.py tests/test_masking.py tests/test_triton.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

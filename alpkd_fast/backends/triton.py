@@ -74,7 +74,7 @@ def _alp(*arguments: Any) -> Any:
 
 
 def _scale_gradients(gradients: list[Tensor], factor: Tensor, grad_factor: Tensor | None = None) -> None:
-    from ..kernels.launch import scale_gradients  # type: ignore[import-not-found]
+    from ..kernels.launch import scale_gradients
 
     scale_gradients(gradients, factor, grad_factor)
 
