@@ -21,17 +21,20 @@ namespace {
 // The next row's hidden states on their way to the L2 cache: a few lines with every tile, so that the
 // memory stays busy while the products read the caches, and no prefetch waits in a burst.
 struct Ahead {
-  const char* const* rows;  // [count]
-  const int64_t* bytes;     // [count] length of each
+  static constexpr int kLines = 4;  // at once: an unrolled burst costs little beside a tile
+  const char* const* rows;          // [count]
+  const int64_t* bytes;             // [count] length of each
   int count = 0;
-  int lines = 0;  // a tile
+  int bursts = 0;  // a tile
   int row = 0;
   int64_t at = 0;
 
-  void step() {
-    for (int k = 0; k < lines && row < count; ++k) {
-      __builtin_prefetch(rows[row] + at, 0, 2);
-      if ((at += 64) >= bytes[row]) {
+  inline __attribute__((always_inline)) void step() {
+    for (int k = 0; k < bursts && row < count; ++k) {
+      const char* line = rows[row] + at;  // past the row's end lies the row after the next, as a rule
+      ALP_UNROLL
+      for (int l = 0; l < kLines; ++l) __builtin_prefetch(line + 64 * l, 0, 2);
+      if ((at += 64 * kLines) >= bytes[row]) {
         at = 0;
         ++row;
       }
@@ -124,7 +127,8 @@ A dot(const A* x, const A* y, int64_t D) {
 
 // A combination of m output rows from m bases and n rows x_k. coef is (n, ld): the coefficients of one
 // x_k lie together. A residual is base_i - sum_k coef[k][i] * x_k instead.
-template <class A>
+// T is A for scratch rows, or the dtype of gradient rows that a tile rounds to and writes at once.
+template <class A, class T = A>
 struct Combination {
   int m, n;
   const A* const* base;  // [m]
@@ -132,36 +136,48 @@ struct Combination {
   const A* const* x;     // [n]
   const A* coef;
   int64_t ld;
-  A* const* out;  // [m]
+  T* const* out;             // [m]
+  bool past_caches = false;  // how gradients are stored
 };
 
-// Columns d … d + kD vectors of output rows i0 … i0 + kI. A residual adds its squares to squares[kI].
-template <bool kResidual, int kI, int kD, class A>
-ALP_INLINE void combine_tile(const Combination<A>& c, int i0, int64_t d, Vec<A>* squares) {
+// Columns d … d + kD vectors of kI output rows, whose first coefficients are coef. A residual adds its squares
+// to squares[kI].
+template <bool kResidual, int kI, int kD, class A, class T>
+ALP_INLINE void combine_tile(const Combination<A, T>& c, const A* const* base, const Vec<A>* base_scale, const A* coef,
+                             T* const* out, int64_t d, Vec<A>* squares) {
   constexpr int W = kWidth<A>;
   Vec<A> acc[kI][kD];
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) {
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) {
-      const Vec<A> base = load<Vec<A>>(c.base[i0 + i] + d + v * W);
-      acc[i][v] = kResidual ? base : base * c.base_scale[i0 + i];
+      acc[i][v] = load<Vec<A>>(base[i] + d + v * W);
+      if constexpr (!kResidual) acc[i][v] *= base_scale[i];
     }
   }
-  const A* coef = c.coef + i0;
   for (int k = 0; k < c.n; ++k, coef += c.ld) {
+    const A* x_k = c.x[k] + d;
     Vec<A> b_coef[kI];
     ALP_UNROLL
     for (int i = 0; i < kI; ++i) b_coef[i] = coef[i] - Vec<A>{};  // broadcast
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) {
-      const Vec<A> b_x = load<Vec<A>>(c.x[k] + d + v * W);
+      const Vec<A> b_x = load<Vec<A>>(x_k + v * W);
       ALP_UNROLL
       for (int i = 0; i < kI; ++i) acc[i][v] = kResidual ? acc[i][v] - b_x * b_coef[i] : acc[i][v] + b_x * b_coef[i];
     }
   }
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    ALP_UNROLL
+    for (int v = 0; v < kD; ++v) {
+      if (c.past_caches)
+        stream(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
+      else
+        store(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
+    }
+  }
   if constexpr (kResidual) {
-    // Before the stores, which may alias the sums as far as the compiler knows.
     ALP_UNROLL
     for (int i = 0; i < kI; ++i) {
       Vec<A> square = acc[i][0] * acc[i][0];
@@ -170,26 +186,37 @@ ALP_INLINE void combine_tile(const Combination<A>& c, int i0, int64_t d, Vec<A>*
       squares[i] += square;
     }
   }
-  ALP_UNROLL
-  for (int i = 0; i < kI; ++i) {
-    ALP_UNROLL
-    for (int v = 0; v < kD; ++v) store(c.out[i0 + i] + d + v * W, acc[i][v]);
-  }
 }
 
-template <bool kResidual, int kI, class A>
-ALP_TILE_FUNCTION void combine_rows(const Combination<A>& c, int i0, Columns columns, Vec<A>* squares, Ahead& ahead) {
+template <bool kResidual, int kI, class A, class T>
+ALP_TILE_FUNCTION void combine_rows(const Combination<A, T>& c, int i0, Columns columns, Vec<A>* squares,
+                                    Ahead& ahead) {
   constexpr int W = kWidth<A>;
+  // Local copies, which no store can change as far as the compiler knows.
+  const A* base[kI];
+  T* out[kI];
+  Vec<A> base_scale[kI], added[kI];
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    base[i] = c.base[i0 + i];
+    out[i] = c.out[i0 + i];
+    added[i] = Vec<A>{};
+    if constexpr (!kResidual) base_scale[i] = c.base_scale[i0 + i] - Vec<A>{};
+  }
+  const Combination<A, T> local = c;
+  const A* coef = c.coef + i0;
   int64_t d = columns.begin;
   for (; d + ALP_TILE_D * W <= columns.end; d += ALP_TILE_D * W) {
     ahead.step();
-    combine_tile<kResidual, kI, ALP_TILE_D>(c, i0, d, squares);
+    combine_tile<kResidual, kI, ALP_TILE_D>(local, base, base_scale, coef, out, d, added);
   }
-  for (; d < columns.end; d += W) combine_tile<kResidual, kI, 1>(c, i0, d, squares);
+  for (; d < columns.end; d += W) combine_tile<kResidual, kI, 1>(local, base, base_scale, coef, out, d, added);
+  if constexpr (kResidual)
+    for (int i = 0; i < kI; ++i) squares[i] += added[i];
 }
 
-template <class A>
-void combine(const Combination<A>& c, Columns columns, Ahead& ahead) {
+template <class A, class T>
+void combine(const Combination<A, T>& c, Columns columns, Ahead& ahead) {
   each_tile(c.m,
             [&](int i, auto height) { combine_rows<false, height.value>(c, i, columns, (Vec<A>*)nullptr, ahead); });
 }

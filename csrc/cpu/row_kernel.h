@@ -65,6 +65,7 @@ class RowKernel {
     bases = arena.take<const A*>(m > n ? m : n);
     rows = arena.take<const A*>(2 * m);
     out = arena.take<A*>(m > n ? m : n);
+    grad = arena.take<char*>(m > n ? m : n);
     next = arena.take<const char*>(m + n);
     next_bytes = arena.take<int64_t>(m + n);
     // Student layers lie side by side, in full vectors: (n, ld) and (ld) arrays. The lanes behind the last
@@ -126,6 +127,7 @@ class RowKernel {
   const A **group_s, **group_t;  // the rows of a group
   const A **bases, **rows;       // rows of a product
   A** out;
+  char** grad;  // where gradient rows lie
   const char** next;  // [m + n] where the next rows start
   int64_t* next_bytes;
   Ahead ahead{};
@@ -213,7 +215,8 @@ class RowKernel {
     for (int g = 0; g < p.group_count; ++g)
       tiles += 2 * tile_count(p.groups[g].m) *
                (width / (ALP_TILE_D * kWidth<A>)+p.groups[g].n / ALP_TILE_J * ((width + block - 1) / block));
-    ahead = {next, next_bytes, ahead.count, int((lines + tiles - 1) / tiles)};
+    const int64_t step = tiles * Ahead::kLines;
+    ahead = {next, next_bytes, ahead.count, int((lines + step - 1) / step)};
   }
 
   // Columns of a layer's gradient row, from scratch to memory; a "mean" row is spread once it is whole.
@@ -256,10 +259,39 @@ class RowKernel {
       out[i] = student_out + g.student[i] * pitch;
     }
     const Combination<A> gradient{m, varies ? n : 0, bases, group_weight, group_t, coef, ld, out};
-    each_block([&](Columns c) {
-      combine(gradient, c, ahead);
-      for (int i = 0; i < m; ++i) write(p.student[g.student[i]], p.student_dtype, out[i], position, c);
+    write_combination(gradient, p.student, g.student, p.student_dtype, position);
+  }
+
+  // The gradient rows of some layers: from the registers to memory, or by way of scratch rows where a row has to be
+  // whole first ("mean"), is not wanted, or is not made of whole vectors.
+  void write_combination(const Combination<A>& c, const Layer* layers, const int* index, Dtype type, int64_t position) {
+    bool direct = p.pooling != Pooling::mean && width == p.D;
+    for (int i = 0; i < c.m; ++i) direct &= layers[index[i]].grad != nullptr;
+    if (direct) {
+      for (int i = 0; i < c.m; ++i) grad[i] = layers[index[i]].grad + position * p.D * dtype_size(type);
+      switch (type) {
+        case Dtype::f32: direct = write_direct<float>(c); break;
+        case Dtype::f64: direct = write_direct<double>(c); break;
+        case Dtype::bf16: direct = write_direct<Bf16>(c); break;
+        case Dtype::f16: direct = write_direct<Fp16>(c); break;
+      }
+    }
+    if (direct) return;
+    each_block([&](Columns columns) {
+      combine(c, columns, ahead);
+      for (int i = 0; i < c.m; ++i) write(layers[index[i]], type, c.out[i], position, columns);
     });
+  }
+  template <class T>
+  bool write_direct(const Combination<A>& c) {
+    if constexpr (requires(T* to) { narrow_vector(Vec<A>{}, to); }) {
+      T* const* to = reinterpret_cast<T* const*>(grad);
+      each_block([&](Columns columns) {
+        combine(Combination<A, T>{c.m, c.n, c.base, c.base_scale, c.x, c.coef, c.ld, to, p.stream}, columns, ahead);
+      });
+      return true;
+    }
+    return false;
   }
 
   void clear_sums(int m, int n) {
@@ -420,10 +452,7 @@ class RowKernel {
       }
       const int count = through_attention() ? 2 * m : m;
       const Combination<A> gradient{n, count - 1, bases, base_scale, rows + 1, coef + n, n, out};
-      each_block([&](Columns c) {
-        combine(gradient, c, ahead);
-        for (int j = 0; j < n; ++j) write(p.teacher[g.teacher[j]], p.teacher_dtype, out[j], position, c);
-      });
+      write_combination(gradient, p.teacher, g.teacher, p.teacher_dtype, position);
     }
   }
 
