@@ -63,21 +63,48 @@ inline void each_tile(int m, F f) {
   }
 }
 
-template <int kI, int kJ, class A>
-ALP_INLINE void dots_tile(const A* const* x, const A* const* t, Columns c, Vec<A>* sums, int64_t ld) {
+// The rows of a product of m by n. Where they are used for the first time their elements come from the hidden
+// states, of type S, and go to scratch on the way.
+template <class A, class S = A>
+struct Operands {
+  A *const *x, *const *t;                   // [m] and [n] scratch rows
+  const S *const *from_x = nullptr, *const *from_t = nullptr;  // [m] and [n] hidden states
+};
+
+template <bool kFirst, class A, class S>
+ALP_INLINE Vec<A> operand(A* scratch, const S* from) {
+  if constexpr (!kFirst) return load<Vec<A>>(scratch);
+  const Vec<A> value = load_wide(from);
+  store(scratch, value);
+  return value;
+}
+
+template <int kI, int kJ, bool kFirstX, bool kFirstT, class A, class S>
+ALP_INLINE void dots_tile(const Operands<A, S>& o, int i0, int j0, Columns c, Vec<A>* sums, int64_t ld) {
+  // Local copies, which no store can change as far as the compiler knows.
+  A *x[kI], *t[kJ];
+  const S *from_x[kI] = {}, *from_t[kJ] = {};
   Vec<A> acc[kJ][kI];
+  sums += j0 * ld + i0;
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    x[i] = o.x[i0 + i];
+    if constexpr (kFirstX) from_x[i] = o.from_x[i0 + i];
+  }
   ALP_UNROLL
   for (int j = 0; j < kJ; ++j) {
+    t[j] = o.t[j0 + j];
+    if constexpr (kFirstT) from_t[j] = o.from_t[j0 + j];
     ALP_UNROLL
     for (int i = 0; i < kI; ++i) acc[j][i] = sums[j * ld + i];
   }
   for (int64_t d = c.begin; d < c.end; d += kWidth<A>) {
     Vec<A> b_x[kI];
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i) b_x[i] = load<Vec<A>>(x[i] + d);
+    for (int i = 0; i < kI; ++i) b_x[i] = operand<kFirstX>(x[i] + d, from_x[i] + d);
     ALP_UNROLL
     for (int j = 0; j < kJ; ++j) {
-      const Vec<A> b_t = load<Vec<A>>(t[j] + d);
+      const Vec<A> b_t = operand<kFirstT>(t[j] + d, from_t[j] + d);
       ALP_UNROLL
       for (int i = 0; i < kI; ++i) acc[j][i] += b_x[i] * b_t;
     }
@@ -89,21 +116,33 @@ ALP_INLINE void dots_tile(const A* const* x, const A* const* t, Columns c, Vec<A
   }
 }
 
-template <int kI, class A>
-ALP_TILE_FUNCTION void dots_rows(const A* const* x, int n, const A* const* t, Columns c, Vec<A>* sums, int64_t ld,
+template <int kI, bool kFirst, bool kFirstT, class A, class S>
+ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, Columns c, Vec<A>* sums, int64_t ld,
                                  Ahead& ahead) {
   int j = 0;
-  for (; j + ALP_TILE_J <= n; j += ALP_TILE_J) {
+  const auto tile = [&](auto width) {
+    if (kFirst && j == 0)
+      dots_tile<kI, width.value, kFirst, kFirstT>(o, i, j, c, sums, ld);
+    else
+      dots_tile<kI, width.value, false, kFirstT>(o, i, j, c, sums, ld);
+    j += width.value;
+  };
+  while (j + ALP_TILE_J <= n) {
     ahead.step();
-    dots_tile<kI, ALP_TILE_J>(x, t + j, c, sums + j * ld, ld);
+    tile(Height<ALP_TILE_J>());
   }
-  for (; j < n; ++j) dots_tile<kI, 1>(x, t + j, c, sums + j * ld, ld);
+  while (j < n) tile(Height<1>());
 }
 
 // Adds the columns' share to sums (n, ld), whose lanes are yet to be added up.
-template <class A>
-void dots(int m, const A* const* x, int n, const A* const* t, Columns c, Vec<A>* sums, int64_t ld, Ahead& ahead) {
-  each_tile(m, [&](int i, auto height) { dots_rows<height.value>(x + i, n, t, c, sums + i, ld, ahead); });
+template <bool kFirst, class A, class S>
+void dots(int m, int n, const Operands<A, S>& o, Columns c, Vec<A>* sums, int64_t ld, Ahead& ahead) {
+  each_tile(m, [&](int i, auto height) {
+    if (kFirst && i == 0)
+      dots_rows<height.value, kFirst, kFirst>(o, i, n, c, sums, ld, ahead);
+    else
+      dots_rows<height.value, kFirst, false>(o, i, n, c, sums, ld, ahead);
+  });
 }
 
 // out (n, ld) of sums (n, ld)

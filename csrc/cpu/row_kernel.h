@@ -59,11 +59,13 @@ class RowKernel {
  public:
   RowKernel(const Problem& p, Arena& arena, Partial partial) : p(p), partial(partial) {
     const int64_t m = p.m, n = p.n;
-    h = arena.take<const A*>(m);
-    group_s = arena.take<const A*>(m);
-    group_t = arena.take<const A*>(n);
+    h = arena.take<A*>(m);
+    group_s = arena.take<A*>(m);
+    group_t = arena.take<A*>(n);
+    from_s = arena.take<const char*>(m);
+    from_t = arena.take<const char*>(n);
     bases = arena.take<const A*>(m > n ? m : n);
-    rows = arena.take<const A*>(2 * m);
+    rows = arena.take<A*>(2 * m);
     out = arena.take<A*>(m > n ? m : n);
     grad = arena.take<char*>(m > n ? m : n);
     next = arena.take<const char*>(m + n);
@@ -123,10 +125,11 @@ class RowKernel {
 
   const Problem& p;
   Partial partial;
-  const A** h;                   // [m] what stands for e_i in p_ij and dt_j
-  const A **group_s, **group_t;  // the rows of a group
-  const A **bases, **rows;       // rows of a product
-  A** out;
+  A** h;                             // [m] what stands for e_i in p_ij and dt_j
+  A **group_s, **group_t;            // the rows of a group
+  const char **from_s, **from_t;     // and their hidden states
+  const A** bases;                   // rows of a product
+  A **rows, **out;
   char** grad;  // where gradient rows lie
   const char** next;  // [m + n] where the next rows start
   int64_t* next_bytes;
@@ -177,6 +180,31 @@ class RowKernel {
       if (p.student_active[i]) unpack(row_of(p.student[i], position), p.student_dtype, own_s + i * pitch, c, p.D);
     for (int j = 0; j < p.n; ++j)
       if (p.teacher_active[j]) unpack(row_of(p.teacher[j], position), p.teacher_dtype, own_t + j * pitch, c, p.D);
+  }
+
+  // <s_i, t_j> of the only group straight from the hidden states, which are gathered on the way: where they have
+  // one dtype and their rows are whole vectors.
+  bool gather_by_dots(const Group& g, int64_t position) {
+    if (p.group_count > 1 || p.student_dtype != p.teacher_dtype || width != p.D) return false;
+    for (int i = 0; i < g.m; ++i) from_s[i] = row_of(p.student[g.student[i]], position);
+    for (int j = 0; j < g.n; ++j) from_t[j] = row_of(p.teacher[g.teacher[j]], position);
+    switch (p.student_dtype) {
+      case Dtype::f32: return gather_by_dots_of<float>(g);
+      case Dtype::f64: return gather_by_dots_of<double>(g);
+      case Dtype::bf16: return gather_by_dots_of<Bf16>(g);
+      case Dtype::f16: return gather_by_dots_of<Fp16>(g);
+    }
+    return false;
+  }
+  template <class S>
+  bool gather_by_dots_of(const Group& g) {
+    if constexpr (requires(const S* from, Vec<A> v) { v = load_wide(from); }) {
+      const Operands<A, S> operands{group_s, group_t, reinterpret_cast<const S* const*>(from_s),
+                                    reinterpret_cast<const S* const*>(from_t)};
+      each_block([&](Columns c) { dots<true>(g.m, g.n, operands, c, sums, lanes(g.m), ahead); });
+      return true;
+    }
+    return false;
   }
 
   void gather_mean(int64_t position) {
@@ -329,10 +357,11 @@ class RowKernel {
       for (int64_t k = 0; k < n * ld; ++k) a[k] = A(1) / A(n);
     } else {
       clear_sums(m, n);
-      each_block([&](Columns c) {
-        if (!gathered) gather(position, c);
-        dots(m, group_s, n, group_t, c, sums, ld, ahead);
-      });
+      if (gathered || !gather_by_dots(g, position))
+        each_block([&](Columns c) {
+          if (!gathered) gather(position, c);
+          dots<false>(m, n, Operands<A>{group_s, group_t}, c, sums, ld, ahead);
+        });
       gathered = true;
       add_lanes(m, n, sums, z, ld);
       softmax(m, n);
@@ -386,7 +415,7 @@ class RowKernel {
     each_block([&](Columns c) {
       if (!gathered) gather(position, c);
       residual(difference, c, squares, ahead);
-      if (varies) dots(m, rows, n, group_t, c, sums, ld, ahead);
+      if (varies) dots<false>(m, n, Operands<A>{rows, group_t}, c, sums, ld, ahead);
     });
     gathered = true;
     for (int i = 0; i < m; ++i) partial.loss[g.student[i]] += mu * double(sum<A, kWidth<A>>(squares[i]));
@@ -422,7 +451,7 @@ class RowKernel {
     }
     if (!(n > 1 && through_attention())) return;
     clear_sums(m, n);
-    each_block([&](Columns c) { dots(m, rows, n, group_t, c, sums, ld, ahead); });
+    each_block([&](Columns c) { dots<false>(m, n, Operands<A>{rows, group_t}, c, sums, ld, ahead); });
   }
 
   void combine_one(const A* base, A base_factor, int n, const A* const* x, const A* c, int64_t ld, A* to) {

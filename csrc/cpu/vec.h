@@ -135,7 +135,14 @@ typedef uint32_t Bits32 __attribute__((vector_size(ALP_VECTOR_BYTES)));
 inline Vec<float> load_wide(const float* p) { return load<Vec<float>>(p); }
 inline Vec<double> load_wide(const double* p) { return load<Vec<double>>(p); }
 inline Vec<float> load_wide(const Bf16* p) {
-  return (Vec<float>)(__builtin_convertvector(load<Bits16>(p), Bits32) << 16);
+#if defined(__AVX512F__)
+  const Bits32 bits = Bits32(_mm512_cvtepu16_epi32(load<__m256i>(p)));
+#elif defined(__AVX2__)
+  const Bits32 bits = Bits32(_mm256_cvtepu16_epi32(load<__m128i>(p)));
+#else
+  const Bits32 bits = __builtin_convertvector(load<Bits16>(p), Bits32);
+#endif
+  return (Vec<float>)(bits << 16);
 }
 inline Vec<float> load_wide(const Fp16* p) {
 #if defined(__AVX512F__)
@@ -155,7 +162,12 @@ inline Vec<double> narrow_vector(Vec<double> x, double*) { return x; }
 inline Bits16 narrow_vector(Vec<float> x, Bf16*) {
   const Bits32 bits = (Bits32)x;
   const Bits32 rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;  // NaN stays NaN
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i high = __m256i(rounded >> 16);
+  return Bits16(_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+#else
   return __builtin_convertvector(rounded >> 16, Bits16);
+#endif
 }
 inline Bits16 narrow_vector(Vec<float> x, Fp16*) {
 #if defined(__AVX512F__)
