@@ -210,7 +210,7 @@ ALP_INLINE void combine_tile(const Combination<A, T>& c, const A* const* base, c
   for (int i = 0; i < kI; ++i) {
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) {
-      if (c.past_caches)
+      if (c.past_caches && sizeof(T) == sizeof(A))  // half vectors go faster through the caches
         stream(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
       else
         store(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
