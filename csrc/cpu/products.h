@@ -67,7 +67,7 @@ inline void each_tile(int m, F f) {
 // states, of type S, and go to scratch on the way.
 template <class A, class S = A>
 struct Operands {
-  A *const *x, *const *t;                   // [m] and [n] scratch rows
+  A *const *x, *const *t;                                      // [m] and [n] scratch rows
   const S *const *from_x = nullptr, *const *from_t = nullptr;  // [m] and [n] hidden states
 };
 

@@ -125,12 +125,12 @@ class RowKernel {
 
   const Problem& p;
   Partial partial;
-  A** h;                             // [m] what stands for e_i in p_ij and dt_j
-  A **group_s, **group_t;            // the rows of a group
-  const char **from_s, **from_t;     // and their hidden states
-  const A** bases;                   // rows of a product
+  A** h;                          // [m] what stands for e_i in p_ij and dt_j
+  A **group_s, **group_t;         // the rows of a group
+  const char **from_s, **from_t;  // and their hidden states
+  const A** bases;                // rows of a product
   A **rows, **out;
-  char** grad;  // where gradient rows lie
+  char** grad;        // where gradient rows lie
   const char** next;  // [m + n] where the next rows start
   int64_t* next_bytes;
   Ahead ahead{};
