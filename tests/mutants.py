@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant("skip-takes-the-first-of-a-bucket", "alpkd_fast/layer_maps.py", "((cut[i + 1] - 1,)", "((cut[i],)",
            "layer_maps"),
     Mutant("backward-scales-in-place-twice", "alpkd_fast/ops.py",
-           "if torch._C._autograd._get_current_graph_task_keep_graph():", "if False:", "backward"),
+           "not torch._C._autograd._get_current_graph_task_keep_graph()", "True", "backward"),
     Mutant("incoming-gradient-ignored", "alpkd_fast/ops.py", "factor = grad_loss * grad_factor", "factor = grad_factor",
            "backward"),
     Mutant("scale-gradient-not-scaled", "alpkd_fast/ops.py", "(d_scale * grad_loss)", "(d_scale * 1)", "backward"),

@@ -114,6 +114,37 @@ def test_byte_offsets_beyond_2_to_the_32(backend):
     assert torch.equal(backend([rows], teacher), want)
 
 
+@pytest.mark.large
+def test_more_than_2_to_the_31_elements_in_memory(backend):
+    """One student and two overlapping teacher layers of 2^31 elements each, with the student's gradient."""
+    if backend.device != "cpu" or backend.name == "reference" or _available_memory() < 17 << 30:
+        pytest.skip("needs 17 GB of free memory and a fused backend on the CPU")
+    block, copies, width = 4096, 513, 1024
+    pattern = base(2, block + 1, width, seed=4).bfloat16()
+
+    def step(copies):
+        student = pattern[0, :block].repeat(copies, 1).requires_grad_()
+        teacher = pattern[1, :block].repeat(copies + 1, 1)
+        rows = copies * block
+        loss = backend([student], [teacher[:rows], teacher[1 : rows + 1]], reduction="sum")
+        loss.backward()
+        return loss.detach(), student.grad
+
+    loss, gradient = step(copies)
+    assert gradient.numel() > 2**31
+    small_loss, small_gradient = step(1)
+    assert loss.item() == pytest.approx(copies * small_loss.item(), rel=1e-6)
+    for start in (0, (copies // 2) * block, (copies - 1) * block):
+        assert torch.equal(gradient[start : start + block], small_gradient)
+
+
+def _available_memory():
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
 def _reserve(elements):
     """Float32 memory that the operating system gives only where it is written."""
     if sys.platform != "linux":
