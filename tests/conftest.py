@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from dataclasses import dataclass
 
 import pytest
 import torch
+from backend import Backend
 
 import alpkd_fast
 
@@ -17,44 +16,6 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 M_PERTURB, FRESH_BYTE = -6, 0x7F
 if hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(M_PERTURB, FRESH_BYTE ^ 0xFF)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A backend under test; called like alp_loss."""
-
-    name: str
-
-    @property
-    def interpreted(self) -> bool:
-        """Triton's interpreter: on CPU tensors, and very slow."""
-        return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.name in ("triton", "cuda") and not self.interpreted else "cpu"
-
-    @property
-    def fused(self) -> bool:
-        return self.name != "reference"
-
-    def unit(self, *dtypes: torch.dtype) -> float:
-        """Unit roundoff of products and sums for inputs of these dtypes."""
-        if torch.float64 in dtypes:
-            return 2.0**-53
-        on_matrix_units = self.name in ("triton", "cuda") and any(d.itemsize == 2 for d in dtypes)
-        return 2.0**-17 if on_matrix_units else 2.0**-24  # operands split in two parts of 8 bits and a sign
-
-    def __call__(self, *args, **options):
-        try:
-            return alpkd_fast.alp_loss(*args, **options, backend=self.name)
-        except RuntimeError as error:
-            if self.name in ("triton", "cuda") and str(error).startswith(f"backend='{self.name}' cannot run"):
-                pytest.skip(str(error))
-            raise
-
-    def details(self, *args, **options) -> alpkd_fast.ALPOutput:
-        return self(*args, **options, return_details=True)
 
 
 def pytest_addoption(parser):

@@ -110,7 +110,7 @@ def test_autocast_and_inference_mode_under_compile(fused):
 
 
 def test_reference_compiles(fused):
-    from conftest import Backend
+    from backend import Backend
 
     reference = Backend("reference")
     compiled = torch.compile(lambda s, t, m: reference(s, t, m), fullgraph=True, backend="aot_eager")

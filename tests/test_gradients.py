@@ -61,7 +61,7 @@ def test_first_derivative_with_projection(backend, options, per_layer):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_second_derivative_of_the_reference(options):
-    from conftest import Backend
+    from backend import Backend
 
     reference = Backend("reference")
     student, teacher, mask, scale = problem(reference, D=2)
