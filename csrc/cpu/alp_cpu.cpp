@@ -273,7 +273,7 @@ Sums run_rows(const Problem& problem, bool f64) {
     STD_TORCH_CHECK(scratch != nullptr, "alpkd_fast: out of memory for ", bytes, " bytes of scratch");
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       double* sums = partials.data() + chunk * pitch;
-      kernel.run(problem, chunk * step, std::min(rows, (chunk + 1) * step), scratch.get(),
+      kernel.run(problem, chunk * step, std::min(rows, (chunk + 1) * step), std::min(rows, end * step), scratch.get(),
                  {sums, sums + problem.m, sums + 2 * problem.m});
     }
   });

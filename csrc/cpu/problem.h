@@ -63,7 +63,8 @@ struct Partial {
 // One instruction set's kernel.
 struct Kernel {
   int64_t (*scratch_bytes)(const Problem&);  // what one thread needs
-  void (*run)(const Problem&, int64_t begin, int64_t end, char* scratch, Partial);
+  // Rows begin … end; the thread goes on with those up to last, which are worth a prefetch.
+  void (*run)(const Problem&, int64_t begin, int64_t end, int64_t last, char* scratch, Partial);
 };
 // By the dtype it computes in.
 struct Kernels {

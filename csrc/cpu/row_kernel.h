@@ -101,7 +101,7 @@ class RowKernel {
     student_out = p.teacher_grad ? arena.take<A>(m * pitch) : own_s;
   }
 
-  void run(int64_t begin, int64_t end) {
+  void run(int64_t begin, int64_t end, int64_t last) {
     for (int64_t r = begin; r < end; ++r) {
       double mu;
       const int64_t position = locate(r, &mu);
@@ -112,7 +112,7 @@ class RowKernel {
       for (int i = 0; i < p.m; ++i) weight[i] = A(p.gradient_coef[i] * mu);
       gathered = p.pooling == Pooling::mean;
       if (gathered) gather_mean(position);
-      look_ahead(r + 1, end);
+      look_ahead(r + 1, last);
       for (int g = 0; g < p.group_count; ++g) group(p.groups[g], r, position, mu);
       if (p.teacher_grad) teacher_gradients(position);
       complete(r, position);
@@ -225,11 +225,11 @@ class RowKernel {
   }
 
   // The next row's place, and how many of its lines to prefetch with every tile of this row's products.
-  void look_ahead(int64_t r, int64_t end) {
+  void look_ahead(int64_t r, int64_t last) {
     const int64_t position = r * p.seq;
     const bool known = p.pooling == Pooling::token || p.pooling == Pooling::cls;
     ahead.count = 0;
-    if (!known || r == end || row_weight(p, position) == 0) return;
+    if (!known || r == last || row_weight(p, position) == 0) return;
     int64_t lines = 0, tiles = 1;
     const auto add = [&](const Layer& layer, Dtype type) {
       next[ahead.count] = row_of(layer, position);
@@ -547,9 +547,9 @@ int64_t scratch_bytes(const Problem& p) {
 }
 
 template <class A>
-void run(const Problem& p, int64_t begin, int64_t end, char* scratch, Partial partial) {
+void run(const Problem& p, int64_t begin, int64_t end, int64_t last, char* scratch, Partial partial) {
   Arena arena(scratch);
-  RowKernel<A>(p, arena, partial).run(begin, end);
+  RowKernel<A>(p, arena, partial).run(begin, end, last);
 }
 
 template <class A>
