@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 BOTH = "forward+backward"
 QUIET = 0.05  # with more of the CPU time taken by other processes a row is not quoted
+PACE = 0.85  # nor where the processor gave less than this share of its best measured peak: a busy host behind a VM
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,12 @@ def share_of_copy_floor(row: Row) -> float:
 
 
 def ours(rows: Sequence[Row], **fields: object) -> list[Row]:
+    """Our timed rows that may be quoted, of the rows of one device."""
+    best = max((row.peak for row in rows if row.peak is not None), default=0.0)
     return [
         row for row in rows
-        if row.kind == "ours" and row.median_s is not None and (row.disturbed or 0) <= QUIET and matches(row, **fields)
+        if row.kind == "ours" and row.median_s is not None and matches(row, **fields)
+        and (row.disturbed or 0) <= QUIET and (row.peak is None or is_gpu(row) or row.peak >= PACE * best)
     ]  # fmt: skip
 
 
@@ -222,7 +226,8 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
   warm-up and compile time are not in them.
 - On a CPU the C library is told to keep freed memory, as allocators made for training do. With glibc's defaults the
   page faults of every new tensor come on top, for ours and for the rivals: rows marked (default malloc).
-- Rows during which other processes took more than {QUIET:.0%} of the CPU time are not in the first table.
+- Rows during which other processes took more than {QUIET:.0%} of the CPU time, or beside which the processor gave less
+  than {PACE:.0%} of the best multiply-add rate measured on it, are not in the first table.
 - *gradient*: the incoming gradient. 1 costs the fused backward on a CPU no pass; any other value costs one.
 - *extra*: peak memory of a call beyond its inputs and the tensors that it returns.
 
