@@ -1,9 +1,6 @@
 // The host side: tensors in, the plain Problem of the row kernels out, rows spread over threads.
 #include "alp_cpu.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -17,36 +14,6 @@
 
 namespace alp {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-Dtype hidden_dtype(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, "alpkd_fast: hidden states must be float16, bfloat16, float32 or float64");
-  }
-  return Dtype::f32;
-}
-
-WeightType weight_dtype(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Bool: return WeightType::boolean;
-    case ScalarType::Byte: return WeightType::u8;
-    case ScalarType::Char: return WeightType::i8;
-    case ScalarType::Short: return WeightType::i16;
-    case ScalarType::Int: return WeightType::i32;
-    case ScalarType::Long: return WeightType::i64;
-    case ScalarType::Half: return WeightType::f16;
-    case ScalarType::BFloat16: return WeightType::bf16;
-    case ScalarType::Float: return WeightType::f32;
-    case ScalarType::Double: return WeightType::f64;
-    default: STD_TORCH_CHECK(false, "attention_mask: this dtype is not supported; pass bool, integers or floats");
-  }
-  return WeightType::none;
-}
 
 float narrow_to_float(uint16_t bits, bool bf16) {
   if (bf16) {
@@ -92,58 +59,20 @@ double scalar_value(const Tensor& tensor) {
   return value;
 }
 
-// Rows as the kernel wants them: D contiguous elements, leading dimensions merged into at most two
-// strides. False where the tensor's own strides do not allow that.
-bool as_rows(const Tensor& tensor, Layer* layer) {
-  const int64_t last = tensor.dim() - 1, size = dtype_size(hidden_dtype(tensor));
-  if (tensor.size(last) > 1 && tensor.stride(last) != 1) return false;
-  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};
-  int used = 0;  // merged dimensions found so far, innermost first
-  for (int64_t k = last - 1; k >= 0; --k) {
-    const int64_t length = tensor.size(k), stride = tensor.stride(k) * size;
-    if (length == 1) continue;
-    if (used > 0 && stride == strides[used - 1] * sizes[used - 1]) {
-      sizes[used - 1] *= length;
-    } else if (used < 2) {
-      sizes[used] = length;
-      strides[used++] = stride;
-    } else {
-      return false;
+// Whether gradients are written past the caches: they exceed these, and every row starts on a cache line.
+bool worth_streaming(const Side& students, const Side& teachers) {
+  constexpr int64_t kBeyondCaches = 8 << 20;
+  int64_t total = 0;
+  for (const Side* side : {&students, &teachers})
+    for (const Tensor& gradient : side->gradients) {
+      const int64_t size = dtype_size(hidden_dtype(gradient));
+      if (reinterpret_cast<uintptr_t>(gradient.data_ptr()) % 64 != 0 ||
+          gradient.size(gradient.dim() - 1) * size % 64 != 0)
+        return false;
+      total += gradient.numel() * size;
     }
-  }
-  layer->data = static_cast<const char*>(tensor.data_ptr());
-  layer->inner_stride = strides[0];
-  layer->inner = used == 2 ? sizes[0] : 0;
-  layer->outer_stride = strides[1];
-  return true;
+  return total > kBeyondCaches;
 }
-
-struct Side {
-  std::vector<Layer> layers;
-  Tensors copies;  // of layers whose strides rows cannot follow; they live as long as the call
-  Tensors gradients;
-  bool wanted = false;
-  int64_t gradient_bytes = 0;
-  bool aligned = true;  // every gradient row starts on a cache line
-
-  Side(const Tensors& tensors, const std::vector<bool>& want) : layers(tensors.size()) {
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      Layer& layer = layers[k];
-      if (!as_rows(tensors[k], &layer)) {
-        copies.push_back(torch::stable::contiguous(tensors[k]));
-        as_rows(copies.back(), &layer);
-      }
-      layer.grad = nullptr;
-      if (!want[k]) continue;
-      wanted = true;
-      gradients.push_back(torch::stable::new_empty(tensors[k], tensors[k].sizes()));
-      layer.grad = static_cast<char*>(gradients.back().data_ptr());
-      const int64_t size = dtype_size(hidden_dtype(tensors[k])), last = tensors[k].dim() - 1;
-      gradient_bytes += tensors[k].numel() * size;
-      aligned &= reinterpret_cast<uintptr_t>(layer.grad) % 64 == 0 && tensors[k].size(last) * size % 64 == 0;
-    }
-  }
-};
 
 // The layer map as dense blocks: student layers with one and the same set of teacher layers form a
 // group; so do, for the teacher's gradients, teacher layers with one and the same set of students.
@@ -357,7 +286,6 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
   attention_shape.push_back(n);
   Tensor attention = make(first, details ? attention_shape : std::vector<int64_t>{0}, compute);
 
-  constexpr int64_t kBeyondCaches = 8 << 20;
   Problem problem{};
   problem.rows = rows;
   problem.seq = seq;
@@ -384,8 +312,7 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
   problem.student_grad = students.wanted;
   problem.teacher_grad = teachers.wanted;
   problem.scale_grad = scale_grad;
-  problem.stream =
-      students.aligned && teachers.aligned && students.gradient_bytes + teachers.gradient_bytes > kBeyondCaches;
+  problem.stream = worth_streaming(students, teachers);
   problem.attention = details ? attention.data_ptr() : nullptr;
   Sums sums = run_rows(problem, f64);
 

@@ -1,16 +1,13 @@
 // The operator on the CPU: alpkd_fast::alp_cpu, with the schema of alpkd_fast/ops.py.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <tuple>
 #include <vector>
 
-namespace alp {
+#include "../tensors.h"
 
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
+namespace alp {
 
 // loss, layer_losses, attention, entropy, grad_factor, d_scale, d_student, d_teacher
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensors>;

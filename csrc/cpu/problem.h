@@ -4,20 +4,9 @@
 
 #include <cstdint>
 
+#include "../layers.h"
+
 namespace alp {
-
-enum class Dtype : int8_t { f32, f64, bf16, f16 };
-enum class WeightType : int8_t { none, boolean, u8, i8, i16, i32, i64, f16, bf16, f32, f64 };
-enum class Pooling : int8_t { token, cls, last, mean };
-
-// One hidden state (*lead, D), seen as rows of D contiguous elements at two strides.
-struct Layer {
-  const char* data;
-  int64_t inner;         // rows per outer step; 0 where one stride reaches every row
-  int64_t outer_stride;  // bytes
-  int64_t inner_stride;  // bytes
-  char* grad;            // contiguous (*lead, D) in the layer's dtype, or null where unwanted
-};
 
 // Student layers that attend to the same teacher layers: a dense block of the attention.
 struct Group {
@@ -76,12 +65,10 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-// static: an inline function would be merged across units, and with it the choice of instructions.
+// static for the same reason as dtype_size
 static inline const char* row_of(const Layer& layer, int64_t r) {
   if (layer.inner == 0) return layer.data + r * layer.inner_stride;
   return layer.data + (r / layer.inner) * layer.outer_stride + (r % layer.inner) * layer.inner_stride;
 }
-
-static inline int64_t dtype_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
 }  // namespace alp

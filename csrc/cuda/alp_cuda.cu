@@ -8,12 +8,13 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "device.cuh"
 #include "generic_kernel.cuh"
 #include "launch.h"
+#include "layer_map.h"
 #include "matrix_kernel.cuh"
 #include "scale_kernel.cuh"
-#include "tensors.h"
 #include "weights_kernel.cuh"
 
 namespace alp::cuda {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = sorted(FOLDER.glob("*.cu"))
-HEADERS = sorted([*FOLDER.glob("*.cuh"), *FOLDER.glob("*.h")])
+HEADERS = sorted([*FOLDER.glob("*.cuh"), *FOLDER.glob("*.h"), *FOLDER.parent.glob("*.h")])
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 

@@ -6,22 +6,9 @@
 
 #include <cstdint>
 
+#include "../layers.h"
+
 namespace alp::cuda {
-
-enum class Dtype : int8_t { f32, f64, bf16, f16 };
-enum class WeightType : int8_t { none, boolean, u8, i8, i16, i32, i64, f16, bf16, f32, f64 };
-enum class Pooling : int8_t { token, cls, last, mean };
-
-__host__ __device__ constexpr int64_t dtype_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
-
-// One hidden state (*lead, D), seen as rows of D contiguous elements at two strides.
-struct Layer {
-  const char* data;
-  char* grad;            // contiguous (*lead, D) in the layer's dtype, or null where unwanted
-  int64_t inner;         // rows per outer step; 0 where one stride reaches every row
-  int64_t outer_stride;  // bytes
-  int64_t inner_stride;  // bytes
-};
 
 // A dense block of the attention: slots first … first + m, teacher slots index[teachers …] n of them.
 struct Group {

@@ -24,7 +24,7 @@ def load() -> None:
     """Build, unless a build of these sources is there, and load: ``alp_cuda`` then runs on CPU tensors."""
     from torch.utils.cpp_extension import include_paths
 
-    parts = sorted([*HERE.glob("*.h"), *SOURCES.glob("*.cu*"), *SOURCES.glob("*.h")])
+    parts = sorted([*HERE.glob("*.h"), *SOURCES.glob("*.cu*"), *SOURCES.glob("*.h"), *SOURCES.parent.glob("*.h")])
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts) + torch.__version__.encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"alpkd_fast_emulation_{os.getuid()}" / f"{digest}.so"
     if not target.exists():
