@@ -164,6 +164,15 @@ def extra_bytes(run: Run, device: torch.device) -> int | None:
         return None
 
 
+def copies(run: Run, shape: Sequence[int]) -> int:
+    """Tensors of the shape that one call clones."""
+    from torch.profiler import profile
+
+    with profile(record_shapes=True) as profiled:
+        run(0)
+    return sum(event.name == "aten::clone" and event.input_shapes[0] == list(shape) for event in profiled.events())
+
+
 def kernel_launches(run: Run, device: torch.device) -> int | None:
     """Kernels that one call launches on a GPU."""
     if device.type != "cuda":

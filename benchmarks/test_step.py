@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from alpkd_fast import alp_loss
@@ -23,7 +23,9 @@ TEACHER_LAYERS, WIDTH, SEQ = 12, 768, 128
 
 def add_rows(session: Session, case: Case, dtype: str, runs: dict[str, measure.Run], rounds: int) -> dict[str, float]:
     """Time the runs in turns; the first is the one that the others add the loss to. Returns what each adds."""
+    disturbance = measure.Disturbance()
     times = measure.take_turns(runs, session.device, 0.0, rounds)
+    disturbed = disturbance.share()
     base = next(iter(runs))
     added = {}
     for name, run in runs.items():
@@ -31,8 +33,8 @@ def add_rows(session: Session, case: Case, dtype: str, runs: dict[str, measure.R
         added[name] = statistics.median(t - b for t, b in zip(times[name][0], times[base][0], strict=True))
         session.rows.append(session.row(
             case, dtype, mode="forward+backward", provider=name, kind="step", rounds=len(times[name][0]),
-            median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(times[name][1])[0], added_s=added[name],
-            extra_bytes=measure.extra_bytes(run, session.device),
+            median_s=median, iqr_s=iqr, wall_s=measure.median_iqr(times[name][1])[0], disturbed=disturbed,
+            added_s=added[name], extra_bytes=measure.extra_bytes(run, session.device),
         ))  # fmt: skip
     return added
 
@@ -105,45 +107,69 @@ def test_step(m, pooling, record, done):
 
 
 @pytest.mark.step
-def test_cls_in_a_chain(record, done):
-    """What the loss on [CLS] rows adds to the forward and backward of a chain of layers, by how it gets the rows."""
-    done(suite="step", case="chain-6-cls")
-    case = Case("chain-6-cls", n=TEACHER_LAYERS, m=6, D=WIDTH, batch=32, seq=SEQ, pooling="cls")
-    chain = nn.Sequential(*(nn.LayerNorm(WIDTH) for _ in range(case.m))).to(record.device)
-    shape = (case.batch, case.seq, WIDTH)
-    x, above = torch.randn(shape, device=record.device), torch.randn(shape, device=record.device)
-    teacher = [torch.randn(shape, device=record.device) for _ in range(case.n)]
-    parameters = list(chain.parameters())
+@pytest.mark.parametrize("gradients", ["sole", "kept"])
+def test_cls_in_a_chain(gradients, record, done):
+    """What the loss on [CLS] rows adds to the forward and backward of a chain of layers, by how it gets the rows.
 
-    def states():
+    The gradient that comes to a hidden state from above has no other holder ("sole"), so the tap adds in place; or a
+    hook keeps it, as those do that log gradients ("kept"), and the tap has to copy.
+    """
+    name = "chain-6-cls" if gradients == "sole" else "chain-6-cls-kept"
+    done(suite="step", case=name)
+    case = Case(name, n=TEACHER_LAYERS, m=6, D=WIDTH, batch=32, seq=SEQ, pooling="cls")
+    runs = chain_runs(case, record.device, keep=gradients == "kept")
+    copies = [measure.copies(run, (case.batch, case.seq, case.D)) for run in runs.values()]
+    assert copies == [0, 0, 0, case.m if gradients == "kept" else 0], copies
+    add_rows(record, case, "fp32", runs, 100 if record.level == "full" else 40)
+
+
+def chain_runs(case: Case, device: torch.device, keep: bool) -> dict[str, measure.Run]:
+    """Forward and backward of m layers whose outputs are compared, and one behind them; with ``keep`` each gradient of
+    these outputs is held by a hook until the run ends."""
+    shape = (case.batch, case.seq, case.D)
+    x, above, *teacher = (torch.randn(shape, device=device) for _ in range(2 + case.n))
+    teacher_rows = [t[:, 0] for t in teacher]
+    kept: list[Tensor] = []
+
+    def make_chain() -> nn.Sequential:
+        chain = nn.Sequential(*(nn.LayerNorm(case.D) for _ in range(case.m + 1))).to(device)
+        for layer in chain[1:] if keep else ():
+            layer.register_forward_pre_hook(lambda _, inputs: inputs[0].register_hook(kept.append) and None)
+        return chain
+
+    plain, tapped = make_chain(), make_chain()
+    names = [name for name, _ in tapped.named_children()][:-1]
+    taken = capture.HiddenStates(tapped, layers=names, pooling="cls").__enter__()
+
+    def forward():
         h, found = x, []
-        for layer in chain:
+        for layer in plain:
             h = layer(h)
             found.append(h)
         return found
 
-    def backward(last, loss=None):
-        if loss is None:
-            return torch.autograd.grad(last, parameters, above)
-        return torch.autograd.grad((last, loss), parameters, (above, None))
-
-    def without(_):
-        return backward(states()[-1])
+    def backward(chain, last, loss=None):
+        kept.clear()
+        outputs, gradients = ([last], [above]) if loss is None else ([last, loss], [above, None])
+        result = torch.autograd.grad(outputs, list(chain.parameters()), gradients)
+        kept.clear()
+        return result
 
     def eager(_):
-        found = states()
-        return backward(found[-1], einsum(case, [h[:, 0] for h in found], [t[:, 0] for t in teacher], None))
+        *found, last = forward()
+        return backward(plain, last, einsum(case, [h[:, 0] for h in found], teacher_rows, None))
 
     def fused(_):
-        found = states()
-        return backward(found[-1], alp_loss(found, teacher, pooling="cls"))
+        *found, last = forward()
+        return backward(plain, last, alp_loss(found, teacher, pooling="cls"))
 
-    names = [name for name, _ in chain.named_children()]
+    def through_the_tap(_):
+        last = tapped(x)
+        return backward(tapped, last, alp_loss(taken.take(), teacher_rows))
 
-    def captured(_):
-        with capture.HiddenStates(chain, layers=names, pooling="cls") as taken:
-            last = chain(x)
-            return backward(last, alp_loss(taken.take(), [t[:, 0] for t in teacher]))
-
-    runs = {"chain": without, "chain + eager ALP": eager, "chain + fused ALP": fused, "chain + captured ALP": captured}
-    add_rows(record, case, "fp32", runs, 40 if record.level == "full" else 20)
+    return {
+        "chain": lambda _: backward(plain, forward()[-1]),
+        "chain + eager ALP": eager,
+        "chain + fused ALP": fused,
+        f"chain + fused ALP, tap {'copying' if keep else 'in place'}": through_the_tap,
+    }

@@ -201,28 +201,31 @@ def _pooling(kind: str, mask: Tensor | None, h: Tensor) -> tuple[Tensor | None, 
 
 def _hidden_state(output: Any) -> Tensor:
     """The hidden state of a block's output: itself, or the first element of a tuple or a ModelOutput."""
-    if isinstance(output, Mapping):
-        output = next(iter(output.values()))
-    elif isinstance(output, (tuple, list)):
-        output = output[0]
-    if not isinstance(output, Tensor):
+    if isinstance(output, Tensor):
+        return output
+    first = output
+    if isinstance(output, (tuple, list)):
+        first = output[0]
+    elif isinstance(output, Mapping):
+        first = next(iter(output.values()))
+    if not isinstance(first, Tensor):
         raise TypeError(
-            f"layers: a block returned {type(output).__name__}; name modules that return a hidden state (..., S, D), "
+            f"layers: a block returned {type(first).__name__}; name modules that return a hidden state (..., S, D), "
             "or a tuple that begins with one"
         )
-    return output
+    return first
 
 
 def _with_hidden_state(output: Any, h: Tensor) -> Any:
     """The same output with its hidden state replaced."""
+    if isinstance(output, Tensor):
+        return h
     if isinstance(output, Mapping):
         changed: Any = copy.copy(output)
         changed[next(iter(output))] = h
         return changed
-    if isinstance(output, (tuple, list)):
-        rest = (h, *output[1:])
-        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
-    return h
+    rest = (h, *output[1:])
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
 
 def _in_backward() -> bool:

@@ -30,7 +30,7 @@ class Pooling:
     def rows(self, h: Tensor) -> Tensor:
         """Return new rows (..., D): of h's dtype, or of the shares' (at least float32) for "mean"."""
         if self.kind == "cls":
-            return h[..., 0, :].clone()
+            return h.select(-2, 0).clone()
         assert self.where is not None
         if self.kind == "last":
             return h.take_along_dim(self.where[..., None, None], dim=-2).squeeze(-2)
@@ -42,7 +42,7 @@ class Pooling:
     def add_gradient(self, dense: Tensor, grad: Tensor) -> Tensor:
         """Add the gradient (..., D) of the rows into ``dense`` (..., S, D), in place."""
         if self.kind == "cls":
-            dense[..., 0, :].add_(grad)
+            dense.select(-2, 0).add_(grad)
             return dense
         assert self.where is not None
         if self.kind == "last":
@@ -55,28 +55,28 @@ def tap(h: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
     """Return h (..., S, D), to be used in its place, and its pooled rows (..., D)."""
     if not torch.compiler.is_compiling():
         sole_owner_counts()  # counted before any backward runs
-    return _Tap.apply(h, pooling.kind, pooling.where)  # type: ignore[no-untyped-call, no-any-return]
+    return _Tap.apply(h, pooling)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, kind: str, where: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, h: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # ``where`` is no saved tensor: so a checkpoint's recomputation can do without the tap.
-        ctx.pooling, ctx.shape, ctx.dtype = Pooling(kind, where), h.shape, h.dtype
-        return h.detach(), ctx.pooling.rows(h)
+        ctx.pooling, ctx.shape, ctx.dtype = pooling, h.shape, h.dtype
+        return h.detach(), pooling.rows(h)
 
     @staticmethod
     def backward(ctx: Any, grad_flow: Tensor | None, grad_rows: Tensor | None) -> Any:
         if grad_rows is None:
-            return grad_flow, None, None
+            return grad_flow, None
         if grad_flow is None:
             dense = grad_rows.new_zeros(ctx.shape, dtype=ctx.dtype)  # nothing comes from above
         elif not torch.compiler.is_compiling() and _is_dense(grad_flow) and _counts(grad_flow) in sole_owner_counts():
             dense = grad_flow
         else:
             dense = grad_flow.clone(memory_format=torch.contiguous_format)
-        return ctx.pooling.add_gradient(dense, grad_rows), None, None
+        return ctx.pooling.add_gradient(dense, grad_rows), None
 
 
 def _is_dense(grad: Tensor) -> bool:
@@ -102,13 +102,13 @@ class _Probe(torch.autograd.Function):
     seen: list[tuple[int, ...]]
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, kind: None, where: None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, h: Tensor, pooling: None) -> tuple[Tensor, Tensor]:
         return h.detach(), h.sum()
 
     @staticmethod
     def backward(ctx: Any, grad_flow: Tensor, grad_rows: Tensor) -> Any:
         _Probe.seen.append(_counts(grad_flow))
-        return grad_flow, None, None
+        return grad_flow, None
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def sole_owner_counts() -> frozenset[tuple[int, ...]]:
 def _count_once(shared: bool, view: bool) -> tuple[int, ...]:
     _Probe.seen = []
     h = torch.ones(2, 2, requires_grad=True)
-    flow, rows = _Probe.apply(h * 1.0, None, None)  # type: ignore[no-untyped-call]
+    flow, rows = _Probe.apply(h * 1.0, None)  # type: ignore[no-untyped-call]
     held: list[Tensor] = []
     flow = flow.view(4) if view else flow
     if shared:
