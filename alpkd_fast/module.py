@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .api import ALPOutput, alp_loss
-from .problem import HiddenStates
+from .problem import HiddenStates, constant_layer_weights
 from .projection import project_student
 
 _OPTIONS = {
@@ -45,9 +46,12 @@ class ALPLoss(nn.Module):
             "student".
         proj_bias: (D_out,), (projections, D_out) or None.
         log_scale: (1,) or None.
+        layer_weights: (m,) or None; a float32 buffer, so that ``state_dict`` holds the option. The loss takes it as
+            numbers, which need no transfer from the device and are constants to torch.compile: to change them,
+            load a state_dict. Casts of the module leave it float32.
 
     Raises:
-        TypeError: an unknown option. ValueError: a projection without both widths, or a scale that cannot be learned.
+        TypeError: an unknown option, or layer weights that are none. ValueError: a projection without both widths, or a scale that cannot be learned.
     """
 
     def __init__(
@@ -68,6 +72,10 @@ class ALPLoss(nn.Module):
         if not isinstance(projection, bool) and projection not in (None, *PROJECTIONS):
             raise ValueError(f"projection: got {projection!r}; pass {', '.join(PROJECTIONS)}, True, False or None")
         self.options = options
+        self.layer_weights: Tensor | None
+        self.register_buffer("layer_weights", None)
+        if options.get("layer_weights") is not None:
+            self._set_layer_weights(constant_layer_weights(options["layer_weights"]))
         if projection is None:
             projection = projections is not None or student_dim != teacher_dim
         self.projection = "teacher" if projection is True else projection or None
@@ -100,6 +108,22 @@ class ALPLoss(nn.Module):
             nn.init.zeros_(self.proj_bias)
         if self.log_scale is not None:
             nn.init.constant_(self.log_scale, math.log(self._starting_scale()))
+
+    def _set_layer_weights(self, weights: Sequence[float], device: torch.device | None = None) -> None:
+        """Hold the weights twice: as a buffer, and as the numbers that it holds."""
+        self.options["layer_weights"] = torch.tensor(weights, dtype=torch.float32, device="cpu").tolist()
+        self.layer_weights = torch.tensor(weights, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ALPLoss:
+        super()._apply(fn, recurse)
+        if self.layer_weights is not None:  # a cast has rounded it, to_empty() left it undefined
+            self._set_layer_weights(self.options["layer_weights"], self.layer_weights.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.layer_weights is not None and not self.layer_weights.is_meta:
+            self._set_layer_weights(constant_layer_weights(self.layer_weights), self.layer_weights.device)
 
     def _starting_scale(self) -> float:
         scale = self.options.get("scale")

@@ -83,7 +83,7 @@ def make_problem(
         pooling=pooling,
         layer_map=None if layer_map == "all" else parse_layer_map(layer_map, len(student), len(teacher)),
         scale=_scale(scale, student[0]),
-        layer_weights=None if layer_weights is None else _layer_weights(layer_weights, len(student)),
+        layer_weights=None if layer_weights is None else constant_layer_weights(layer_weights, len(student)),
         normalize=bool(normalize),
         detach_attention=bool(detach_attention),
         reduction=reduction,
@@ -203,7 +203,8 @@ def _scale(scale: float | Tensor | None, student: Tensor) -> float | Tensor:
     return value
 
 
-def _layer_weights(layer_weights: Sequence[float] | Tensor, m: int) -> tuple[float, ...]:
+def constant_layer_weights(layer_weights: Sequence[float] | Tensor, m: int | None = None) -> tuple[float, ...]:
+    """Check layer weights and return them as numbers; ``m`` where the number of student layers is known."""
     if isinstance(layer_weights, Tensor):
         if layer_weights.requires_grad:
             raise ValueError("layer_weights require grad, but they are constants; pass layer_weights.detach()")
@@ -211,8 +212,10 @@ def _layer_weights(layer_weights: Sequence[float] | Tensor, m: int) -> tuple[flo
     try:
         values = tuple(float(w) for w in layer_weights)
     except (TypeError, ValueError):
-        raise TypeError(f"layer_weights: got {layer_weights!r}; pass {m} floats >= 0, one per student layer") from None
-    if len(values) != m:
+        raise TypeError(
+            f"layer_weights: got {layer_weights!r}; pass {m or 'm'} floats >= 0, one per student layer"
+        ) from None
+    if m is not None and len(values) != m:
         raise ValueError(f"layer_weights: got {len(values)} values for {m} student layers; pass one per layer")
     for i, w in enumerate(values):
         if not 0.0 <= w < math.inf:

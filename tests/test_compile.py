@@ -126,3 +126,14 @@ def test_module_under_compile(fused):
     teacher = hidden_states(3, (4,), 8, device=fused.device)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+
+
+def test_layer_weights_of_a_compiled_module_follow_its_state_dict(fused):
+    from alpkd_fast import ALPLoss
+
+    loss, other = (ALPLoss(layer_weights=w, backend=fused.name).to(fused.device) for w in ([1.0, 0.5], [0.25, 3.0]))
+    student, teacher = both_sides(2, 3, (4,), 6, device=fused.device)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+    loss.load_state_dict(other.state_dict())
+    torch.testing.assert_close(compiled(student, teacher), other(student, teacher))

@@ -61,7 +61,8 @@ def test_projection_starts_as_the_identity_or_orthonormal():
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save", "state_dict"])
 def test_copies(through):
     student, teacher = problem()
-    module = ALPLoss(6, 9, projections=2, pooling="mean", scale=0.5, layer_map=[(0, 1), (2,)])
+    options = {"projections": 2, "pooling": "mean", "scale": 0.5, "layer_map": [(0, 1), (2,)]}
+    module = ALPLoss(6, 9, **options, layer_weights=[0.1, 0.7])
     torch.nn.init.normal_(module.proj_bias)
     if through == "deepcopy":
         other = copy.deepcopy(module)
@@ -73,12 +74,46 @@ def test_copies(through):
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
     else:
-        assert set(module.state_dict()) == {"proj_weight", "proj_bias"}
-        other = ALPLoss(6, 9, projections=2, pooling="mean", scale=0.5, layer_map=[(0, 1), (2,)])
+        assert set(module.state_dict()) == {"proj_weight", "proj_bias", "layer_weights"}
+        other = ALPLoss(6, 9, **options, layer_weights=[1, 1])
         other.load_state_dict(module.state_dict())
     assert torch.equal(other(student, teacher), module(student, teacher))
     assert other.proj_weight is not module.proj_weight
     assert repr(other) == repr(module)
+
+
+def moved_through_meta(module):
+    return module.to("meta").to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.float64), lambda m: m.bfloat16().float(), moved_through_meta])
+def test_layer_weights_are_not_rounded_by_casts(move):
+    student, teacher = problem(6, 6)
+    module = ALPLoss(layer_weights=[0.1, 0.7])
+    want = module(student, teacher)
+    torch.testing.assert_close(want, alp_loss(student, teacher, layer_weights=[0.1, 0.7]))
+    moved = move(module)
+    assert torch.equal(moved(student, teacher), want)
+    assert torch.equal(moved.state_dict()["layer_weights"], torch.tensor([0.1, 0.7]))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_layer_weights_load_into_a_model_that_holds_the_loss(assign):
+    student, teacher = problem(6, 6)
+    saved, model = (torch.nn.ModuleDict({"loss": ALPLoss(layer_weights=w)}) for w in ([0.1, 0.7], [2, 3]))
+    model.load_state_dict(saved.state_dict(), assign=assign)
+    assert torch.equal(model["loss"](student, teacher), saved["loss"](student, teacher))
+    with pytest.raises(RuntimeError, match="layer_weights"):
+        torch.nn.ModuleDict({"loss": ALPLoss(layer_weights=[1, 1, 1])}).load_state_dict(saved.state_dict())
+    with pytest.raises(RuntimeError, match="layer_weights"):
+        torch.nn.ModuleDict({"loss": ALPLoss()}).load_state_dict(saved.state_dict())
+
+
+def test_wrong_layer_weights_fail_at_once():
+    with pytest.raises(TypeError, match="layer_weights: got 3.0; pass m floats"):
+        ALPLoss(layer_weights=3.0)
+    with pytest.raises(ValueError, match=r"layer_weights\[1\] must be finite"):
+        ALPLoss(layer_weights=[1, -1])
 
 
 def test_repr_shows_the_options():

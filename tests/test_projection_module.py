@@ -150,6 +150,7 @@ def test_state_dict_deepcopy_and_pickle(options):
     parts = [
         ("log_scale" in options or "learn_scale" in options, "log_scale"),
         (options.get("bias", True), "proj_bias"),
+        ("layer_weights" in options, "layer_weights"),
     ]
     assert set(module.state_dict()) == {"proj_weight", *(name for held, name in parts if held)}
 
