@@ -51,7 +51,8 @@ class ALPLoss(nn.Module):
             load a state_dict. Casts of the module leave it float32.
 
     Raises:
-        TypeError: an unknown option, or layer weights that are none. ValueError: a projection without both widths, or a scale that cannot be learned.
+        TypeError: an unknown option. ValueError: a projection without both widths, a scale that cannot be learned,
+            layer weights that are negative or not finite.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class ALPLoss(nn.Module):
         self.layer_weights = torch.tensor(weights, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ALPLoss:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.layer_weights is not None:  # a cast has rounded it, to_empty() left it undefined
             self._set_layer_weights(self.options["layer_weights"], self.layer_weights.device)
         return self

@@ -110,7 +110,7 @@ def test_layer_weights_load_into_a_model_that_holds_the_loss(assign):
 
 
 def test_wrong_layer_weights_fail_at_once():
-    with pytest.raises(TypeError, match="layer_weights: got 3.0; pass m floats"):
+    with pytest.raises(TypeError, match=r"layer_weights: got 3\.0; pass m floats"):
         ALPLoss(layer_weights=3.0)
     with pytest.raises(ValueError, match=r"layer_weights\[1\] must be finite"):
         ALPLoss(layer_weights=[1, -1])
