@@ -31,6 +31,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def map_large_tensors() -> None:
+    """Make glibc map every tensor of a MiB or more apart, so that a peak of memory holds no freed one."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_mmap_threshold = -3
+        libc.mallopt(m_mmap_threshold, 1 << 20)
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache (L2 on a GPU)."""
     if device.type == "cuda":

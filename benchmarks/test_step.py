@@ -6,12 +6,13 @@ import statistics
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from alpkd_fast import alp_loss
 
 from . import measure
+from .chain import chain_runs
 from .cases import Case
 from .providers import einsum
 from .runner import Session
@@ -121,55 +122,3 @@ def test_cls_in_a_chain(gradients, record, done):
     copies = [measure.copies(run, (case.batch, case.seq, case.D)) for run in runs.values()]
     assert copies == [0, 0, 0, case.m if gradients == "kept" else 0], copies
     add_rows(record, case, "fp32", runs, 100 if record.level == "full" else 40)
-
-
-def chain_runs(case: Case, device: torch.device, keep: bool) -> dict[str, measure.Run]:
-    """Forward and backward of m layers whose outputs are compared, and one behind them; with ``keep`` each gradient of
-    these outputs is held by a hook until the run ends."""
-    shape = (case.batch, case.seq, case.D)
-    x, above, *teacher = (torch.randn(shape, device=device) for _ in range(2 + case.n))
-    teacher_rows = [t[:, 0] for t in teacher]
-    kept: list[Tensor] = []
-
-    def make_chain() -> nn.Sequential:
-        chain = nn.Sequential(*(nn.LayerNorm(case.D) for _ in range(case.m + 1))).to(device)
-        for layer in chain[1:] if keep else ():
-            layer.register_forward_pre_hook(lambda _, inputs: inputs[0].register_hook(kept.append) and None)
-        return chain
-
-    plain, tapped = make_chain(), make_chain()
-    names = [name for name, _ in tapped.named_children()][:-1]
-    taken = capture.HiddenStates(tapped, layers=names, pooling="cls").__enter__()
-
-    def forward():
-        h, found = x, []
-        for layer in plain:
-            h = layer(h)
-            found.append(h)
-        return found
-
-    def backward(chain, last, loss=None):
-        kept.clear()
-        outputs, gradients = ([last], [above]) if loss is None else ([last, loss], [above, None])
-        result = torch.autograd.grad(outputs, list(chain.parameters()), gradients)
-        kept.clear()
-        return result
-
-    def eager(_):
-        *found, last = forward()
-        return backward(plain, last, einsum(case, [h[:, 0] for h in found], teacher_rows, None))
-
-    def fused(_):
-        *found, last = forward()
-        return backward(plain, last, alp_loss(found, teacher, pooling="cls"))
-
-    def through_the_tap(_):
-        last = tapped(x)
-        return backward(tapped, last, alp_loss(taken.take(), teacher_rows))
-
-    return {
-        "chain": lambda _: backward(plain, forward()[-1]),
-        "chain + eager ALP": eager,
-        "chain + fused ALP": fused,
-        f"chain + fused ALP, tap {'copying' if keep else 'in place'}": through_the_tap,
-    }

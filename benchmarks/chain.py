@@ -1,0 +1,65 @@
+"""A chain of cheap layers whose outputs are compared on their [CLS] rows, by how the loss gets the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from alpkd_fast import alp_loss
+from alpkd_fast.capture import HiddenStates
+
+from . import measure
+from .cases import Case
+from .providers import einsum
+
+
+def chain_runs(case: Case, device: torch.device, keep: bool) -> dict[str, measure.Run]:
+    """Forward and backward of m layers whose outputs are compared, and one behind them; with ``keep`` each gradient of
+    these outputs is held by a hook until the run ends."""
+    shape = (case.batch, case.seq, case.D)
+    x, above, *teacher = (torch.randn(shape, device=device) for _ in range(2 + case.n))
+    teacher_rows = [t[:, 0] for t in teacher]
+    kept: list[Tensor] = []
+
+    def make_chain() -> nn.Sequential:
+        chain = nn.Sequential(*(nn.LayerNorm(case.D) for _ in range(case.m + 1))).to(device)
+        for layer in chain[1:] if keep else ():
+            layer.register_forward_pre_hook(lambda _, inputs: inputs[0].register_hook(kept.append) and None)
+        return chain
+
+    plain, tapped = make_chain(), make_chain()
+    names = [name for name, _ in tapped.named_children()][:-1]
+    taken = HiddenStates(tapped, layers=names, pooling="cls").__enter__()  # for good
+
+    def forward():
+        h, found = x, []
+        for layer in plain:
+            h = layer(h)
+            found.append(h)
+        return found
+
+    def backward(chain, last, loss=None):
+        kept.clear()
+        outputs, gradients = ([last], [above]) if loss is None else ([last, loss], [above, None])
+        result = torch.autograd.grad(outputs, list(chain.parameters()), gradients)
+        kept.clear()
+        return result
+
+    def eager(_):
+        *found, last = forward()
+        return backward(plain, last, einsum(case, [h[:, 0] for h in found], teacher_rows, None))
+
+    def fused(_):
+        *found, last = forward()
+        return backward(plain, last, alp_loss(found, teacher, pooling="cls"))
+
+    def through_the_tap(_):
+        last = tapped(x)
+        return backward(tapped, last, alp_loss(taken.take(), teacher_rows))
+
+    return {
+        "chain": lambda _: backward(plain, forward()[-1]),
+        "chain + eager ALP": eager,
+        "chain + fused ALP": fused,
+        f"chain + fused ALP, tap {'copying' if keep else 'in place'}": through_the_tap,
+    }
