@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import measure, results, tables
+from . import measure, results, steps, tables
 from .floor import measure_machine
 from .results import Row
 from .runner import LEVELS, Session
@@ -143,4 +143,6 @@ def pytest_terminal_summary(terminalreporter, config):
         for stream in session.machine.streams:
             terminalreporter.write_line(f"{stream.name:<16}{stream.bandwidth / 1e9:8.1f} GB/s")
         terminalreporter.write_line(tables.text(session.rows))
+        for table in (steps.step_table, steps.chain_table, steps.memory_table):
+            terminalreporter.write_line(table(session.rows))
         terminalreporter.write_line(f"added to {config.option.results.name}")

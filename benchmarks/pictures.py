@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from . import steps
 from .results import Row
 
 WIDTH_PX = 760  # at which the pictures are shown; they are drawn at twice that
@@ -152,17 +153,25 @@ def tokens(rows: list[Row]) -> Figure | None:
 
 
 def step(rows: list[Row]) -> Figure | None:
-    steps = [row for row in rows if row.suite == "step" and row.case.startswith("step-")]
-    if not steps:
+    pairs = steps.pairs(rows, "step-")
+    if not pairs:
         return None
-    cases = list(dict.fromkeys(row.case for row in steps))
+    cases = list(dict.fromkeys(pair.row.case for pair in pairs))
     names = {"KD": "base", "KD + eager ALP": "eager", "KD + fused ALP": "ours"}
     figure, ax = plt.subplots(figsize=(7.6, 1.2 + 0.75 * len(cases)), layout="constrained")
-    found = {(row.case, row.provider): row for row in steps}
-    series = {color: [found[case, name].median_s for case in cases] for name, color in names.items()}
-    bars(ax, cases, series, "{:.3g} s")
-    ax.set_xlabel("time of a training step (s)")
-    ax.margins(x=0.12)
+    found = {(pair.row.case, pair.row.provider): pair for pair in pairs}
+    series = {color: [found[case, name].row.median_s for case in cases] for name, color in names.items()}
+    bars(ax, cases, series, "")
+    for name, drawn in zip(names, ax.containers, strict=True):
+        labels = [f"{found[case, name].row.median_s:.3g} s" for case in cases]
+        if name != "KD":
+            shares = [found[case, name] for case in cases]
+            labels = [f"{text}, {p.share:+.1%} ± {p.spread:.1%}" for text, p in zip(labels, shares, strict=True)]
+        if name == "KD + fused ALP":
+            labels = [f"{text} (line {p.time_line})" for text, p in zip(labels, shares, strict=True)]
+        ax.bar_label(drawn, labels, padding=3, fontsize=8)
+    ax.set_xlabel("time of a training step (s), and what the loss adds to it")
+    ax.margins(x=0.5)
     figure.legend(ax.containers, names, loc="outside lower center", ncols=3)
     return figure
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import measure, pictures, results, tables
+from . import measure, pictures, results, steps, tables
 from .results import Row
+from .steps import verdict
 from .tables import markdown, number, seconds, size
 
 ROOT = Path(__file__).parents[1]
@@ -70,10 +71,6 @@ def matches(row: Row, **fields: object) -> bool:
     return all(getattr(row, name) == value for name, value in fields.items())
 
 
-def verdict(reached: bool) -> str:
-    return "reached" if reached else "missed"
-
-
 def claims(rows: Sequence[Row], cases: Sequence[str] = ()) -> str:
     """The table of the lines that were set, with what was measured, reached or not; of some cases, or of all."""
     lines = []
@@ -110,7 +107,7 @@ def small_claims(rows: Sequence[Row]) -> list[str]:
             f"{number(1 / row.x_best_rival)} times a bare autograd.Function with the same arguments (line: 2.5)."
         )
     for row in rows:
-        if row.suite == "memory" and row.extra_bytes is not None:
+        if row.suite == "memory" and row.kind == "ours" and row.extra_bytes is not None:
             said.append(f"{row.case} in {row.dtype} ({row.provider}) takes {size(row.extra_bytes)} beyond inputs and "
                         f"gradients with {row.threads} threads.")  # fmt: skip
     for view in ours(rows, case="cls-6", dtype="fp32", mode=BOTH, gradient="1"):
@@ -119,17 +116,6 @@ def small_claims(rows: Sequence[Row]) -> list[str]:
                         f"states, with their dense zero gradient, {seconds(dense.wall_s)}, "
                         f"{number(dense.x_best_rival, 1)} times less than the best rival.")  # fmt: skip
     return said
-
-
-def step_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        if row.suite == "step" and row.added_s is not None:
-            base = row.median_s - row.added_s
-            added = (f"{row.added_s * 1e3:+.1f} ms", f"{row.added_s / base:+.1%}") if row.added_s else ("", "")
-            lines.append((row.case, str(row.rows), row.dtype, row.provider, seconds(row.median_s), *added,
-                          size(row.extra_bytes)))  # fmt: skip
-    return markdown(("case", "rows", "dtype", "step", "time", "added", "added, share", "peak memory"), lines)
 
 
 def scaling_table(rows: Sequence[Row]) -> str:
@@ -174,8 +160,13 @@ def section(device: str, rows: list[Row], pictures_folder: Path) -> str:
             parts += [f"### {title}", picture(f"{slug(device)}-{name}", title, pictures_folder.name)]
         if name == "tokens" and any(row.suite == "scaling" for row in rows):
             parts.append(scaling_table(rows))
-        if name == "step" and any(row.suite == "step" for row in rows):
-            parts.append(step_table(full))
+        if name == "step":
+            parts.append(steps.step_table(full))
+    for title, table in (
+        ("What the loss on [CLS] rows adds to a chain of layers", steps.chain_table(full)),
+        ("Peak memory by how the hidden states are had", steps.memory_table(full)),
+    ):
+        parts += [f"### {title}", table] if table else []
     timed = [row for row in full if row.suite in ("loss", "cls", "pooling", "projection")]
     parts += ["### All rows", markdown(tables.HEADER, map(tables.cells, timed))]
     return "\n\n".join(part for part in parts if part)

@@ -41,14 +41,14 @@ class Row:
     gradient: str = "1"  # the incoming gradient
     # the provider
     provider: str = ""
-    kind: str = ""  # "ours", "eager", "public", "compiled", "part" (attention alone), "bare", "step"
+    kind: str = ""  # "ours", "eager", "public", "compiled", "part" (attention alone), "bare", "step", "capture"
     status: str = "ok"  # or why there is no figure
     error: float | None = None  # against the float64 reference
     tolerance: float | None = None
     # the figures
     rounds: int | None = None
     median_s: float | None = None  # GPU: between events on the device
-    iqr_s: float | None = None
+    iqr_s: float | None = None  # of the times; for a step with the loss, of what it adds
     wall_s: float | None = None  # median wall time of a call
     disturbed: float | None = None  # share of the CPU time that other processes took meanwhile
     bytes_read: int | None = None

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of an installed package")
 
-from benchmarks import cases, measure, providers, results, runner  # noqa: E402
+from benchmarks import cases, measure, providers, results, runner, steps  # noqa: E402
 from benchmarks.floor import Machine, Stream  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
 
@@ -228,3 +228,39 @@ def test_the_document_is_what_the_report_writes():
         assert report.claims([row for row in rows if row.device == device]) in text
     for picture in re.findall(r'src(?:set)?="([^"]+)"', text):
         assert (DOCUMENT.parent / picture).exists(), picture
+
+
+def step_rows(case: str, base: dict, **others: dict) -> list[Row]:
+    common = {"suite": "step", "kind": "step", "case": case, "m": 2, "D": 8, "rows": 16, "dtype": "fp32", "rounds": 4}
+    return [Row(provider=name, **common, **values) for name, values in {"KD": base, **others}.items()]
+
+
+@pytest.mark.parametrize(
+    ("added", "iqr", "said"),
+    [(0.02, 0.001, "reached"), (0.04, 0.001, "missed"), (0.02, 0.1, "not distinguishable"), (-0.01, 0.001, "reached")],
+)
+def test_a_steps_time_line(added, iqr, said):
+    fused = {"median_s": 1 + added, "added_s": added, "iqr_s": iqr}
+    rows = step_rows("step-2-token", {"median_s": 1.0, "added_s": 0.0, "iqr_s": 0.5}, **{"KD + fused ALP": fused})
+    base, pair = steps.pairs(rows, "step-")
+    assert base.row is base.base
+    assert pair.time_line == f"≤ 3%: {said}"
+    assert f"{added:+.1%} ± {1.57 * iqr / 2:.1%} | ≤ 3%: {said}" in steps.step_table(rows)
+
+
+@pytest.mark.parametrize(("extra", "said"), [(2 * 16 * 8 * 4, "reached"), (2 * 16 * 8 * 4 + 1, "missed")])
+def test_a_steps_memory_line(extra, said):
+    """KD and the gradients to two layers of 16 rows of 8 float32 values, and not a byte more."""
+    times = {"median_s": 1.0, "added_s": 0.0, "iqr_s": 0.0}
+    fused = {**times, "extra_bytes": 4096 + extra}
+    rows = step_rows("step-2-cls", {**times, "extra_bytes": 4096}, **{"KD + fused ALP": fused})
+    assert steps.pairs(rows, "step-")[1].memory_line == f"≤ 5 KiB: {said}"
+
+
+def test_a_chains_line_is_on_what_the_eager_form_adds():
+    rows = [Row(suite="step", case="chain-6-cls", provider=name, median_s=0.03, added_s=added) for name, added in
+            {"chain": 0.0, "eager": 0.012, "fused": 0.01, "tap in place": 0.002}.items()]  # fmt: skip
+    assert steps.chain_table(rows).splitlines()[-2:] == [
+        "| chain-6-cls | fused | 30 ms | +10.0 ms | 1.2 |  |",
+        "| chain-6-cls | tap in place | 30 ms | +2.0 ms | 6.0 | ≥ 5: reached |",
+    ]

@@ -1,0 +1,107 @@
+"""What the loss adds to a training step and to a chain of layers, against the lines that were set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cases import DTYPES
+from .results import Row
+from .tables import markdown, number, seconds, size
+
+TIME_LINES = {"token": 0.03, "cls": 0.01}  # of the step without the loss
+CHAIN_LINE = 5.0  # times less than the eager form adds
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "missed"
+
+
+@dataclass(frozen=True)
+class Added:
+    """One step with the loss beside the same step without."""
+
+    row: Row
+    base: Row
+
+    @property
+    def share(self) -> float:
+        return self.row.added_s / self.base.median_s
+
+    @property
+    def spread(self) -> float:
+        """Half the 95 % interval of the median of the paired differences (McGill's notches), as a share."""
+        return 1.57 * self.row.iqr_s / math.sqrt(self.row.rounds) / self.base.median_s
+
+    @property
+    def time_line(self) -> str:
+        line = TIME_LINES[self.row.case.rsplit("-", 1)[-1]]
+        if self.share - self.spread <= line < self.share + self.spread:
+            return f"≤ {line:.0%}: not distinguishable"
+        return f"≤ {line:.0%}: {verdict(self.share <= line)}"
+
+    @property
+    def memory_line(self) -> str:
+        """No more than the step without the loss and the gradients to the rows of the student's layers."""
+        row = self.row
+        allowed = self.base.extra_bytes + row.m * row.rows * row.D * DTYPES[row.dtype].itemsize
+        return f"≤ {size(allowed)}: {verdict(row.extra_bytes <= allowed)}"
+
+
+def pairs(rows: Sequence[Row], prefix: str) -> list[Added]:
+    """Every step of the cases with this prefix, with the first of its case, which has no loss."""
+    some = [row for row in rows if row.suite == "step" and row.case.startswith(prefix)]
+    bases: dict[str, Row] = {}
+    for row in some:
+        bases.setdefault(row.case, row)
+    return [Added(row, bases[row.case]) for row in some]
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    header = ("case", "sequences", "dtype", "step", "time", "added", "share, ± 95 %", "line", "peak memory", "line")
+    lines = []
+    for pair in pairs(rows, "step-"):
+        row, ours = pair.row, pair.row.provider.endswith("fused ALP")
+        added = ("", "") if row is pair.base else (milliseconds(row.added_s), f"{pair.share:+.1%} ± {pair.spread:.1%}")
+        lines.append((
+            row.case, str(row.rows if row.case.endswith("cls") else row.rows // 128), row.dtype, row.provider,
+            seconds(row.median_s), *added, pair.time_line if ours else "", size(row.extra_bytes),
+            pair.memory_line if ours and row.extra_bytes is not None else "",
+        ))  # fmt: skip
+    return markdown(header, lines) if lines else ""
+
+
+def chain_table(rows: Sequence[Row]) -> str:
+    header = ("case", "by", "time", "added", "times less than eager", "line")
+    lines = []
+    eager: dict[str, float] = {}
+    for pair in pairs(rows, "chain-"):
+        row = pair.row
+        if row is pair.base:
+            lines.append((row.case, row.provider, seconds(row.median_s), "", "", ""))
+            continue
+        eager.setdefault(row.case, row.added_s)  # the first after the chain alone
+        factor = eager[row.case] / row.added_s
+        line = f"≥ {CHAIN_LINE:.0f}: {verdict(factor >= CHAIN_LINE)}" if row.provider.endswith("in place") else ""
+        added = milliseconds(row.added_s)
+        lines.append((row.case, row.provider, seconds(row.median_s), added, number(factor, 1), line))
+    return markdown(header, lines) if lines else ""
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Peak memory by how the hidden states are had; the first row of a case keeps none."""
+    some = [row for row in rows if row.suite == "memory" and row.kind == "capture"]
+    least: dict[str, int] = {}
+    for row in some:
+        least.setdefault(row.case, row.extra_bytes)
+    lines = [
+        (row.case, row.provider, row.mode, size(row.extra_bytes),
+         f"{(row.extra_bytes - least[row.case]) / 2**20:+.1f} MiB" if row.extra_bytes != least[row.case] else "")
+        for row in some
+    ]  # fmt: skip
+    return markdown(("case", "by", "mode", "peak memory", "added"), lines) if lines else ""
+
+
+def milliseconds(value: float) -> str:
+    return f"{value * 1e3:+.1f} ms"
