@@ -11,6 +11,7 @@ from .results import Row
 from .tables import markdown, number, seconds, size
 
 TIME_LINES = {"token": 0.03, "cls": 0.01}  # of the step without the loss
+RESOLUTION = 1 << 20  # of a peak: code that a run is the first to use counts too
 CHAIN_LINE = 5.0  # times less than the eager form adds
 
 
@@ -43,10 +44,10 @@ class Added:
 
     @property
     def memory_line(self) -> str:
-        """No more than the step without the loss and the gradients to the rows of the student's layers."""
+        """No more than the step without the loss and the gradients to the rows of the student's layers, to within a MiB."""
         row = self.row
         allowed = self.base.extra_bytes + row.m * row.rows * row.D * DTYPES[row.dtype].itemsize
-        return f"≤ {size(allowed)}: {verdict(row.extra_bytes <= allowed)}"
+        return f"≤ {size(allowed)}: {verdict(row.extra_bytes <= allowed + RESOLUTION)}"
 
 
 def pairs(rows: Sequence[Row], prefix: str) -> list[Added]:

@@ -17,24 +17,31 @@ _WRAPPERS = {
 }
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, FSDP 1 and torch.compile wrappers."""
+def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the model inside DistributedDataParallel, FSDP 1 and torch.compile wrappers, and its name in there."""
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "model: DataParallel runs copies of the model in threads, their hidden states would overwrite each other; "
             "use DistributedDataParallel"
         )
+    prefix = ""
     while (attribute := _WRAPPERS.get(type(model).__name__)) is not None:
-        model = model.get_submodule(attribute)
-    return model
+        model, prefix = model.get_submodule(attribute), f"{prefix}{attribute}."
+    return model, prefix
 
 
-def find_blocks(model: nn.Module, layers: Sequence[int | str] | None, final_norm: bool) -> dict[str, nn.Module]:
-    """Return the modules whose outputs are the hidden states, by name, in the order of ``layers``."""
+def find_blocks(
+    model: nn.Module, layers: Sequence[int | str] | None, final_norm: bool, prefix: str = ""
+) -> dict[str, nn.Module]:
+    """Return the modules whose outputs are the hidden states, by name, in the order of ``layers``.
+
+    Names may be those of the model or, with the ``prefix`` in front, those of its wrapper.
+    """
     if layers is not None and len(layers) == 0:
         raise ValueError("layers: got none; pass block indices, module names, or None for every block")
     if layers is not None and all(isinstance(layer, str) for layer in layers):
-        return {str(name): _named(model, str(name)) for name in layers}
+        names = [str(name).removeprefix(prefix) for name in layers]
+        return {name: _named(model, name) for name in names}
     blocks = _blocks(model, final_norm)
     if layers is None:
         return dict(blocks)

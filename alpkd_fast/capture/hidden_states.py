@@ -67,8 +67,8 @@ class HiddenStates:
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: got {pooling!r}; known poolings are {', '.join(POOLINGS)}")
-        self.model = unwrap(model)
-        self.blocks = find_blocks(self.model, layers, final_norm)
+        self.model, prefix = unwrap(model)
+        self.blocks = find_blocks(self.model, layers, final_norm, prefix)
         self.pooling = pooling
         self.row_weights: Tensor | None = None
         self._mask_argument = attention_mask

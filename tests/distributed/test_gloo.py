@@ -1,4 +1,4 @@
-"""DDP and FSDP2 with two gloo processes: loss and gradients of one process on the whole batch, projection included."""
+"""DDP, FSDP1 and FSDP2 with two gloo processes: loss and gradients of one process on the whole batch, projection included."""
 
 import itertools
 import sys
@@ -15,7 +15,7 @@ import workers
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
-CASES = list(itertools.product(("ddp", "fsdp"), ("token", "cls", "mean"), ("teacher", "student"), (None, 1)))
+CASES = list(itertools.product(("ddp", "fsdp1", "fsdp2"), ("token", "cls", "mean"), ("teacher", "student"), (None, 1)))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from alpkd_fast import ALPLoss
@@ -69,14 +70,21 @@ def rows_that_count(mask, pooling):
 def wrap(distiller, kind):
     if kind == "ddp":
         return DistributedDataParallel(distiller)
+    if kind == "fsdp1":
+        policy, cpu = ModuleWrapPolicy({Block}), torch.device("cpu")
+        return FullyShardedDataParallel(distiller, auto_wrap_policy=policy, device_id=cpu, use_orig_params=True)
     mesh = dist.init_device_mesh("cpu", (WORLD,))
     for block in distiller.student:
         fully_shard(block, mesh=mesh)
     return fully_shard(distiller, mesh=mesh)
 
 
-def whole(grad):
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+def whole_gradients(model):
+    """The gradients of the unsharded parameters."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return [p.grad.clone() for p in model.parameters()]
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
 
 
 def train_step(rank, kind, pooling, projection, empty_rank):
@@ -92,7 +100,7 @@ def train_step(rank, kind, pooling, projection, empty_rank):
     (loss * WORLD).backward()  # DDP and FSDP average over the ranks, the normalizer has done so already
     total = loss.detach().clone()
     dist.all_reduce(total)
-    return total, dict(zip(names, (whole(p.grad) for p in distiller.parameters()), strict=True))
+    return total, dict(zip(names, whole_gradients(model), strict=True))
 
 
 def run_cases(rank, cases, folder):
