@@ -395,6 +395,31 @@ class TestCompile:
                 (output.logits.square().sum() + sum(r.pow(3).sum() for r in rows)).backward()
         assert_same(([r.detach() for r in rows], [p.grad for p in model.parameters()]), expected)
 
+    def chain_step(self, model, pooling, compile_it=None):
+        """The second step's rows and gradients, of a chain that runs as it is or compiled."""
+        torch.compiler.reset()
+        x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+        call = compile_it(model) if compile_it else model
+        with HiddenStates(model, ["first", "second"], pooling) as capture:
+            for _ in range(2):
+                model.zero_grad(set_to_none=True)
+                out, rows = call(x), capture.take()
+                (out.square().sum() + sum(r.pow(3).sum() for r in rows)).backward()
+        return [r.detach() for r in rows], [p.grad for p in model.parameters()]
+
+    @pytest.mark.parametrize("pooling", ["cls", "mean"])
+    def test_by_inductor(self, pooling):
+        got = self.chain_step(Chain(), pooling, lambda model: torch.compile(model, fullgraph=True))
+        assert_same(got, self.chain_step(Chain(), pooling))
+
+    @pytest.mark.parametrize("pooling", POOLINGS)
+    def test_by_inductor_under_checkpointing(self, pooling):
+        """The compiler breaks the graph at checkpointed blocks, and refuses where it may not."""
+        got = self.chain_step(Chain(checkpointed=False), pooling, torch.compile)
+        assert_same(got, self.chain_step(Chain(), pooling))
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="checkpoint"):
+            self.chain_step(Chain(checkpointed=False), pooling, lambda model: torch.compile(model, fullgraph=True))
+
     def test_compiled_too_early_is_an_error(self):
         torch.compiler.reset()
         model = torch.compile(Chain(), backend="aot_eager")

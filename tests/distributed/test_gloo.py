@@ -1,4 +1,4 @@
-"""DDP, FSDP1 and FSDP2 with two gloo processes: loss and gradients of one process on the whole batch, projection included."""
+"""DDP, FSDP1 and FSDP2 with two gloo processes: loss and gradients, the projection's too, of one on the whole batch."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""HiddenStates given a wrapped model: the same rows, whether blocks go by index or by the model's or the wrapper's names."""
+"""HiddenStates of a wrapped model: the same rows, by index and by the names of the model and of the wrapper."""
 
 import sys
 from pathlib import Path
