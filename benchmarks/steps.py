@@ -44,7 +44,7 @@ class Added:
 
     @property
     def memory_line(self) -> str:
-        """At most the step without the loss and the gradients to the rows of the student's layers, give or take a MiB."""
+        """At most the step without the loss and the gradients to the rows of the student's layers, to within 1 MiB."""
         row = self.row
         allowed = self.base.extra_bytes + row.m * row.rows * row.D * DTYPES[row.dtype].itemsize
         return f"≤ {size(allowed)}: {verdict(row.extra_bytes <= allowed + RESOLUTION)}"

@@ -2,6 +2,7 @@
 
     python examples/distill_glue.py                      # a small BERT on a generated task: no download, no data
 
+That run ends with the same distillation by the command ``alpkd distill``, which needs no loop of one's own.
 With a pretrained encoder DIR and a folder of GLUE tasks (TASK/train.jsonl, TASK/validation.jsonl):
 
     python examples/distill_glue.py --fine-tune --teacher DIR --data GLUE --task sst2 --output TEACHER
@@ -17,6 +18,8 @@ import argparse
 import copy
 import json
 import random
+import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alpkd_fast import alp_loss, make_layer_map
+from alpkd_fast.cli.main import main as alpkd
 
 TASKS = {  # text columns, and the metric of GLUE beside accuracy
     "rte": (("sentence1", "sentence2"), None),
@@ -48,6 +52,7 @@ METHODS = {
 # What options are where they are not given: for a pretrained teacher, and for the generated task.
 PRETRAINED = {"student_layers": 4, "epochs": 1, "train_rows": None, "batch_size": 32, "lr": 5e-5}
 GENERATED = {"student_layers": 2, "epochs": 1, "train_rows": 8000, "batch_size": 64, "lr": 1e-3}
+BY_COMMAND = "alp, by alpkd distill"
 
 
 class Examples:
@@ -162,6 +167,10 @@ def train(model, examples, loss, epochs, lr, seed, title):
     return time.perf_counter() - start
 
 
+def scores_of(accuracy, rows):
+    return {"accuracy": accuracy, "standard_error": (accuracy * (1 - accuracy) / rows) ** 0.5}
+
+
 @torch.no_grad()
 def evaluate(model, examples, metric=None):
     """Accuracy, its standard error, and the task's own metric where it has one."""
@@ -171,7 +180,7 @@ def evaluate(model, examples, metric=None):
         predicted += model(**inputs).logits.argmax(-1).tolist()
         expected += labels.tolist()
     accuracy = sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
-    scores = {"accuracy": accuracy, "standard_error": (accuracy * (1 - accuracy) / len(expected)) ** 0.5}
+    scores = scores_of(accuracy, len(expected))
     if metric:
         name, function = metric
         scores[name] = float(function(expected, predicted))
@@ -271,16 +280,48 @@ def parse_arguments(argv=None):
 
 
 def generated(args):
-    """The generated task and a small BERT trained on it: what a folder of weights and data is otherwise."""
+    """The generated task and a small BERT trained on it, also as folders of weights and data."""
     print("A small BERT, trained here on generated reviews: this shows the loop at work, not what real text gives.")
-    tokenizer = make_tokenizer()
-    training, validation = (
-        Examples(tokenizer, *make_rows(count, seed), args.batch_size)
-        for count, seed in ((args.train_rows, 1), (1000, 2))
-    )
+    tokenizer, splits = make_tokenizer(), []
+    for split, count, seed in (("train", args.train_rows, 1), ("validation", 1000, 2)):
+        texts, labels = make_rows(count, seed)
+        splits.append(Examples(tokenizer, texts, labels, args.batch_size))
+        rows = [{"sentence": text, "label": label} for text, label in zip(*texts, labels, strict=True)]
+        write_jsonl(args.output / "data" / f"{split}.jsonl", rows)
     teacher = make_bert(len(tokenizer))
-    seconds = train(teacher, training, label_loss, 4, args.lr, args.seed, "teacher")
-    return teacher, training, validation, seconds
+    seconds = train(teacher, splits[0], label_loss, 4, args.lr, args.seed, "teacher")
+    teacher.save_pretrained(args.output / "teacher")
+    tokenizer.save_pretrained(args.output / "teacher")
+    return teacher, *splits, seconds
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+
+
+def by_command(args):
+    """Distil the generated task's teacher with attention once more, by ``alpkd distill``; return the scores."""
+    output = args.output / "alpkd_distill"
+    shutil.rmtree(output, ignore_errors=True)  # the command does not write over a finished run
+    options, weight = METHODS["alp"]
+    given = {
+        "teacher": args.output / "teacher", "data": args.output / "data", "task": "classification",
+        "text-columns": "sentence", "output": output, "method": "alp", "depth": args.student_layers,
+        "pooling": args.pooling or options.get("pooling", "token"), "scale": args.scale,
+        "ce-weight": 1 - args.kd_weight, "kd-weight": args.kd_weight, "temperature": args.temperature,
+        "alp-weight": weight if args.alp_weight is None else args.alp_weight, "epochs": args.epochs,
+        "batch-size": args.batch_size, "learning-rate": args.lr, "seed": args.seed,
+    }  # fmt: skip
+    command = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    command = ["distill", *command, "--cpu"]
+    print(f"\nThe same by the command:\nalpkd {shlex.join(command)}")
+    status = alpkd(command)
+    if status != 0:
+        raise SystemExit(status)
+    run = json.loads((output / "metrics.json").read_text(encoding="utf8"))
+    rows = len((args.output / "data" / "validation.jsonl").read_text(encoding="utf8").splitlines())
+    return scores_of(run["metrics"]["accuracy"], rows) | {"seconds": run["train_seconds"]}
 
 
 def main(argv=None):
@@ -303,6 +344,8 @@ def main(argv=None):
     results = {"teacher": evaluate(teacher, validation, metric) | {"seconds": seconds}}
     if not args.fine_tune:
         results |= distil(teacher, training, validation, metric, args)
+    if not args.teacher:
+        results[BY_COMMAND] = by_command(args)
     print_table(results)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
     print(f"Students, results.json and the pictures of the attention are in {args.output}.")

@@ -58,6 +58,22 @@ def test_every_method_from_files_to_table_and_picture(folders, tmp_path, capsys)
     assert 0 < results["alp"]["entropy"][0] < torch.tensor(4.0).log().item() + 1e-6
 
 
+def test_the_generated_task_ends_with_the_command(tmp_path, capsys):
+    arguments = ["--output", str(tmp_path), "--train-rows", "128", "--batch-size", "32", "--student-layers", "1"]
+    for _ in range(2):  # again into the same folder
+        results = distill_glue.main(arguments)
+    last = distill_glue.BY_COMMAND
+    assert list(results) == ["teacher", "student before", "kd", "alp", last]
+    assert set(results[last]) == {"accuracy", "standard_error", "seconds"}
+    printed = capsys.readouterr().out
+    assert f"\n{last} " in printed
+    assert f"alpkd distill --teacher {tmp_path / 'teacher'} " in printed
+    for picture in ("attention_alp.png", "alpkd_distill/attention.png", "alpkd_distill/curves.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    student = distill_glue.AutoModelForSequenceClassification.from_pretrained(tmp_path / "alpkd_distill")
+    assert student.config.num_hidden_layers == 1
+
+
 def test_the_same_seed_gives_the_same_student(folders, tmp_path):
     again = [run(folders, tmp_path, "--student-layers", 2, "--method", "alp", "--seed", seed) for seed in (0, 0, 1)]
     weights = [result["alp"]["entropy"] for result in again]
