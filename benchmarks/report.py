@@ -220,6 +220,8 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
 - Rows during which other processes took more than {QUIET:.0%} of the CPU time, or beside which the processor gave less
   than {PACE:.0%} of the best multiply-add rate measured on it, are not in the first table.
 - *gradient*: the incoming gradient. 1 costs the fused backward on a CPU no pass; any other value costs one.
+- What a step adds is the median of the differences to the step without the loss beside it, and ± half that median's
+  95 % interval. A line inside the interval is not distinguishable. The line on memory was set for 32 sequences.
 - *extra*: peak memory of a call beyond its inputs and the tensors that it returns.
 
 {sections}
