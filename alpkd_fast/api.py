@@ -153,5 +153,5 @@ def alp_loss(
     if proj_weight is None and proj_bias is None:
         loss, layer_losses, attention, entropy = chosen.run(problem)
     else:
-        loss, layer_losses, attention, entropy = project_teacher(problem, proj_weight, proj_bias, chosen.run)
+        loss, layer_losses, attention, entropy = project_teacher(problem, proj_weight, proj_bias, chosen)
     return ALPOutput(loss, layer_losses, attention, entropy) if return_details else loss

@@ -174,11 +174,12 @@ class _FusedLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(wanted)
         gradients = _scaled(ctx.backend, stored, grad_loss, grad_factor)
-        d_scale = (d_scale * grad_loss).to(ctx.scale_dtype) if wanted[3] else None
+        if wanted[3]:
+            gradients = [(d_scale * grad_loss).to(ctx.scale_dtype), *gradients]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients, d_scale = _forbid_second_derivative(gradients, d_scale)
+            gradients = forbid_second_derivative(gradients)
         remaining = iter(gradients)
-        return None, None, None, d_scale, *(next(remaining) if w else None for w in wanted[4:])
+        return None, None, None, *(next(remaining) if w else None for w in wanted[3:])
 
 
 def _scaled(backend: str, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
@@ -203,11 +204,10 @@ def _scaled(backend: str, stored: list[Tensor], grad_loss: Tensor, grad_factor: 
     return stored if value == 1.0 else [g.mul_(value) for g in stored]
 
 
-def _forbid_second_derivative(gradients: list[Tensor], d_scale: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+def forbid_second_derivative(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the gradients as tensors whose differentiation raises."""
     anchor = torch.zeros((), requires_grad=True)
-    extra = [] if d_scale is None else [d_scale]
-    guarded = list(_NotTwiceDifferentiable.apply(anchor, *gradients, *extra))  # type: ignore[no-untyped-call]
-    return (guarded, None) if d_scale is None else (guarded[:-1], guarded[-1])
+    return list(_NotTwiceDifferentiable.apply(anchor, *gradients))  # type: ignore[no-untyped-call]
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):

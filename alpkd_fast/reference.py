@@ -7,6 +7,8 @@ twice if asked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,39 +19,59 @@ EPS = 1e-12  # normalize=True divides by max(norm, EPS)
 
 def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss (), layer_losses (m,), attention (m, *rows, n) and entropy (m,) in nats."""
-    student, weights = pool_layers(problem.student, problem.row_weights, problem.pooling, problem.compute_dtype)
-    teacher, _ = pool_layers(problem.teacher, problem.row_weights, problem.pooling, problem.compute_dtype)
-    m, n, D = len(student), len(teacher), student.shape[-1]
-    scale = problem.scale.to(student.dtype) if isinstance(problem.scale, Tensor) else problem.scale
+    arguments = problem.row_weights, problem.pooling, problem.compute_dtype
+    student, weights = pool_layers(problem.student, *arguments)
+    teacher = torch.stack(pool_layers(problem.teacher, *arguments)[0])  # (n, *rows, D)
+    scale = problem.scale.to(teacher.dtype) if isinstance(problem.scale, Tensor) else problem.scale
+    combined, attention = zip(*(_combine(problem, i, s, teacher, scale) for i, s in enumerate(student)), strict=True)
+    return loss_of_combined(problem, student, combined, weights, torch.stack(attention))
+
+
+def _combine(
+    problem: Problem, i: int, student: Tensor, teacher: Tensor, scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Student layer i's combined teacher layer (*rows, D) and its attention (*rows, n), detached."""
+    n = len(teacher)
+    attention = student.new_zeros(*student.shape[:-1], n)
+    if problem.layer_weights is not None and problem.layer_weights[i] == 0:  # not read
+        # 0, and a gradient of 0 for everything that may require one
+        nothing = scale * (student[..., :0].sum() + teacher[..., :0].sum())
+        return nothing.expand(student.shape), attention
+    allowed = list(range(n)) if problem.layer_map is None else list(problem.layer_map[i])
+    t = teacher[allowed]  # (n_i, *rows, D)
+    scores = scale * torch.einsum("...d,j...d->...j", student, t)  # (*rows, n_i)
+    a = torch.softmax(scores, dim=-1)
+    if problem.detach_attention:
+        a = a.detach()
+    attention[..., allowed] = a.detach()
+    return torch.einsum("...j,j...d->...d", a, t), attention
+
+
+def loss_of_combined(
+    problem: Problem, student: Sequence[Tensor], combined: Sequence[Tensor], weights: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``reference_loss`` returns, from m student rows and their combined teacher rows (*rows, D).
+
+    A student layer of weight 0 is not read; its combined rows are zeros. attention: (m, *rows, n).
+    """
     total = weights.sum()
     safe_total = torch.where(total > 0, total, 1.0)
     N: Tensor | float = 1.0
     if problem.reduction == "mean":
-        N = m * D * (safe_total if problem.normalizer is None else problem.normalizer)
-
-    attention = student.new_zeros(m, *weights.shape, n)
-    layer_losses, entropy = [], []
-    for i in range(m):
+        D = student[0].shape[-1]
+        N = len(student) * D * (safe_total if problem.normalizer is None else problem.normalizer)
+    layer_losses = []
+    for i, (s, C) in enumerate(zip(student, combined, strict=True)):
         omega = 1.0 if problem.layer_weights is None else problem.layer_weights[i]
-        if omega == 0:  # a layer of weight 0 is not read
-            # 0, and a gradient of 0 for everything that may require one
-            layer_losses.append(scale * (student[i, ..., :0].sum() + teacher[..., :0].sum()))
-            entropy.append(total.new_zeros(()))
+        if omega == 0:
+            layer_losses.append(C.sum())
             continue
-        allowed = list(range(n)) if problem.layer_map is None else list(problem.layer_map[i])
-        s, t = student[i], teacher[allowed]  # (*rows, D), (n_i, *rows, D)
-        scores = scale * torch.einsum("...d,j...d->...j", s, t)  # (*rows, n_i)
-        a = torch.softmax(scores, dim=-1)
-        if problem.detach_attention:
-            a = a.detach()
-        combined = torch.einsum("...j,j...d->...d", a, t)  # (*rows, D)
-        residual = unit(s) - unit(combined) if problem.normalize else s - combined
+        residual = unit(s) - unit(C) if problem.normalize else s - C
         layer_losses.append(omega * (weights * residual.square().sum(-1)).sum() / N)
-        a = torch.where((weights != 0)[..., None], a.detach(), 0.0)
-        attention[i, ..., allowed] = a
-        entropy.append((weights * torch.special.entr(a).sum(-1)).sum() / safe_total)
     losses = torch.stack(layer_losses)
-    return losses.sum(), losses.detach(), attention, torch.stack(entropy)
+    attention = torch.where((weights != 0)[..., None], attention, 0.0)
+    entropy = (weights * torch.special.entr(attention).sum(-1)).flatten(1).sum(-1) / safe_total
+    return losses.sum(), losses.detach(), attention, entropy
 
 
 def unit(x: Tensor) -> Tensor:
@@ -60,8 +82,8 @@ def unit(x: Tensor) -> Tensor:
 
 def pool_layers(
     layers: list[Tensor], row_weights: Tensor | None, pooling: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Pool every layer (*lead, D) to its rows; return them stacked in ``dtype``, and the rows' weights.
+) -> tuple[list[Tensor], Tensor]:
+    """Pool every layer (*lead, D) to its rows; return them in ``dtype``, and the rows' weights.
 
     Rows of weight 0 are replaced by zeros, so that nothing they hold reaches a value or a gradient.
     """
@@ -81,5 +103,7 @@ def pool_layers(
         share = weights / torch.where(total != 0, total, 1.0)[..., None]
         masked = [torch.where(valid[..., None], h.to(dtype), 0.0) for h in layers]
         layers, weights = [torch.einsum("...s,...sd->...d", share, h) for h in masked], (total != 0).to(dtype)
+    if row_weights is None:
+        return [h.to(dtype) for h in layers], weights
     counted = (weights != 0)[..., None]
-    return torch.stack([torch.where(counted, h.to(dtype), 0.0) for h in layers]), weights
+    return [torch.where(counted, h.to(dtype), 0.0) for h in layers], weights

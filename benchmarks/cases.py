@@ -29,6 +29,7 @@ class Case:
     seq: int = 128
     gpu_batch: int | None = None  # a GPU needs more rows to be busy
     teacher_dim: int | None = None  # width of the teacher where a projection takes it to D
+    projections: int = 1  # one for all student layers, or m
     pooling: str = "token"
     views: bool = False
     scale: float | None = None
@@ -64,17 +65,18 @@ class Case:
         read_rows = self.valid_rows if self.pooling != "mean" else int(self.lengths().sum())
         gradient_rows = self.batch if self.views else self.batch * self.seq
         teacher_dim = self.teacher_dim or self.D
-        projection = self.D * teacher_dim if self.teacher_dim else 0
+        projection = self.projections * self.D * teacher_dim if self.teacher_dim else 0
         read = (self.n * teacher_dim + self.m * self.D) * read_rows + projection
         written = (self.m * self.D * gradient_rows + projection) * backward
         return read * dtype.itemsize, written * dtype.itemsize
 
     def operations(self, backward: bool) -> int:
         """Two (forward) or four passes of one multiply-add per pair and column, and the projection's products:
-        of the n teacher layers, or of the m queries, whichever is less."""
+        of the n teacher layers (of each pair with m projections), or of the m queries, whichever is less."""
         products = 0
         if self.teacher_dim:
-            products = min((2 if backward else 1) * self.n, (6 if backward else 2) * self.m) * self.teacher_dim
+            projected = self.n if self.projections == 1 else self.pairs
+            products = min((2 if backward else 1) * projected, (6 if backward else 2) * self.m) * self.teacher_dim
         return 2 * self.valid_rows * self.D * ((4 if backward else 2) * self.pairs + products)
 
 
@@ -101,7 +103,10 @@ _POOLING = [
 ]
 _PROJECTION = [
     Case("projection-6", n=12, m=6, D=384, batch=32, gpu_batch=128, teacher_dim=768),
+    Case("projection-4", n=12, m=4, D=384, batch=32, gpu_batch=128, teacher_dim=768),
     Case("projection-2", n=12, m=2, D=384, batch=32, gpu_batch=128, teacher_dim=768),
+    Case("projection-2-square", n=12, m=2, D=768, batch=32, gpu_batch=128, teacher_dim=768),
+    Case("projection-6-each", n=12, m=6, D=384, batch=32, gpu_batch=128, teacher_dim=768, projections=6),
 ]
 LOSS = {case.name: case for case in _LOSS}
 CLS = {case.name: case for case in _CLS}
@@ -145,7 +150,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, cache_byte
     if case.padding:
         weights = torch.arange(case.seq, device=device) < case.lengths().to(device)[:, None]  # (batch, seq)
     if case.teacher_dim:
-        random = torch.randn(case.D, teacher_dim, generator=generator, device=device)
+        leading = () if case.projections == 1 else (case.projections,)
+        random = torch.randn(*leading, case.D, teacher_dim, generator=generator, device=device)
         projection = (random / math.sqrt(teacher_dim)).to(dtype).requires_grad_()
     return [
         Inputs([h.requires_grad_() for h in layers(case.m, case.D)], layers(case.n, teacher_dim), weights, projection)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, mse_loss, normalize, scaled_dot_product_attention
 
 import alpkd_fast
+from alpkd_fast import projection
 
 from .cases import Case, Inputs
 
@@ -155,10 +157,14 @@ def _pool(case: Case, h: Tensor, weights: Tensor | None) -> Tensor:
 def _call(case: Case, form: Loss, inputs: Inputs) -> Tensor:
     student = [_pool(case, h, inputs.weights) for h in inputs.student]
     teacher = [_pool(case, h, inputs.weights) for h in inputs.teacher]
+    by_row = case.pooling == "token" and inputs.weights is not None
+    weights = inputs.weights.flatten() if by_row else None
+    if case.projections > 1:  # the mean of the student layers' losses
+        parts = zip(student, inputs.projection, strict=True)
+        return sum(form(replace(case, m=1), [s], [linear(t, W) for t in teacher], weights) for s, W in parts) / case.m
     if inputs.projection is not None:
         teacher = [linear(t, inputs.projection) for t in teacher]
-    by_row = case.pooling == "token" and inputs.weights is not None
-    return form(case, student, teacher, inputs.weights.flatten() if by_row else None)
+    return form(case, student, teacher, weights)
 
 
 def rivals(case: Case) -> list[Provider]:
@@ -173,7 +179,8 @@ def compiled(case: Case, name: str, mode: str | None = None) -> Provider:
 
 
 def ours(case: Case, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
-    """Our providers, one per usable backend, and the reasons why the others are not."""
+    """Our providers, one per usable backend, and the reasons why the others are not. A projection is also timed in
+    both of its forms, whichever the backend takes by itself."""
 
     def loss(backend: str, inputs: Inputs) -> Tensor:
         return alpkd_fast.alp_loss(
@@ -188,6 +195,10 @@ def ours(case: Case, device: torch.device) -> tuple[list[Provider], dict[str, st
             backend=backend,
         )
 
+    def loss_of_form(backend: str, query_side: bool, inputs: Inputs) -> Tensor:
+        with patch.object(projection, "query_side_pays", lambda *_: query_side):
+            return loss(backend, inputs)
+
     reasons = {name: reason for name, reason in alpkd_fast.backends().items() if reason is not None}
     usable = [name for name, reason in alpkd_fast.backends().items() if reason is None and name != "reference"]
     if device.type == "cpu" and "triton" in usable:
@@ -196,4 +207,12 @@ def ours(case: Case, device: torch.device) -> tuple[list[Provider], dict[str, st
     if device.type == "cuda" and "cpu" in usable:
         usable.remove("cpu")
         reasons["cpu"] = "it takes CPU tensors"
-    return [Provider(name, "ours", partial(loss, name)) for name in usable or ["reference"]], reasons
+    usable = usable or ["reference"]
+    mine = [Provider(name, "ours", partial(loss, name)) for name in usable]
+    if case.teacher_dim:
+        forms = {"teacher side": False, "query side": True}
+        mine += [
+            Provider(f"{name}, {form}", "ours", partial(loss_of_form, name, query_side))
+            for name in usable for form, query_side in forms.items()
+        ]  # fmt: skip
+    return mine, reasons

@@ -79,7 +79,11 @@ def test_pooling(case, dtype, record, report, done):
 
 @pytest.mark.projection
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.level("full"))])
-@pytest.mark.parametrize("case", ["projection-6", pytest.param("projection-2", marks=pytest.mark.level("full"))])
+@pytest.mark.parametrize(
+    "case",
+    [case if case in ("projection-6", "projection-2") else pytest.param(case, marks=pytest.mark.level("full"))
+     for case in PROJECTION],
+)  # fmt: skip
 def test_projection(case, dtype, record, report, done):
     done(suite="projection", case=case, dtype=dtype)
     hand_over(run_case(record, PROJECTION[case], dtype, BOTH), record, report)

@@ -9,6 +9,8 @@ import torch
 from backend import Backend
 
 import alpkd_fast
+import alpkd_fast.layer_attention
+import alpkd_fast.projection
 
 # An unwritten output must not pass: fresh tensors hold NaN, fresh memory of the C library a huge number.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -63,6 +65,14 @@ def backend(request) -> Backend:
 def fused(request) -> Backend:
     """Every backend but the reference."""
     return _usable(request)
+
+
+@pytest.fixture(params=["teacher-side", "query-side"])
+def form(request, monkeypatch) -> str:
+    """Both forms of the teacher's projection, whatever would be quicker."""
+    monkeypatch.setattr(alpkd_fast.projection, "query_side_pays", lambda *_: request.param == "query-side")
+    monkeypatch.setattr(alpkd_fast.layer_attention, "BLOCK", 4)  # several blocks, the last one shorter
+    return request.param
 
 
 def pytest_unconfigure(config):

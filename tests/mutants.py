@@ -111,8 +111,22 @@ MUTANTS = [
     Mutant("reference-reads-masked-rows", "alpkd_fast/reference.py", "torch.where(counted, h.to(dtype), 0.0) for",
            "h.to(dtype) * counted for", "masking"),
     Mutant("projection-ignores-the-map", "alpkd_fast/projection.py",
-           "range(n) if problem.layer_map is None else problem.layer_map[i]", "range(n)", "projection"),
+           "for i, allowed in enumerate(_allowed(problem)):", "for i, allowed in enumerate([range(n)] * m):",
+           "projection"),
     Mutant("projection-counts-one-layer", "alpkd_fast/projection.py", "else 1.0 / m", "else 1.0", "projection"),
+    Mutant("projection-reads-layers-outside-the-map", "alpkd_fast/projection.py",
+           "read = len(problem.teacher), sorted(set().union(*_allowed(problem)))",
+           "read = len(problem.teacher), list(range(len(problem.teacher)))", "projection"),
+    Mutant("query-side-ignores-the-map", "alpkd_fast/layer_attention.py",
+           "z if allowed is None else z.masked_fill(~allowed, -torch.inf)", "z", "projection"),
+    Mutant("query-side-reads-masked-rows", "alpkd_fast/layer_attention.py",
+           "block if counted is None else torch.where(counted[rows, None, None], block, 0.0)", "block", "masking"),
+    Mutant("query-side-softmax-mean-not-subtracted", "alpkd_fast/layer_attention.py",
+           "dz = ap - a * ap.sum(-1, keepdim=True)", "dz = ap", "projection"),
+    Mutant("query-side-tau-term-in-spite-of-detach", "alpkd_fast/projection.py",
+           "queries = [q.detach() for q in queries]", "pass", "projection"),
+    Mutant("query-side-in-spite-of-more-products", "alpkd_fast/projection.py", "(2 * projected - 6 * m) * D_s >",
+           "(2 * projected - 2 * m) * D_s >", "projection_forms"),
 ]  # fmt: skip
 
 # Beside the backend that a fault is in, nothing needs to run.

@@ -65,7 +65,7 @@ def test_inductor(fused):
     compare(function, torch.compile(function, fullgraph=True), student, teacher, mask)
 
 
-def test_projection_scale_tensor_and_details(fused):
+def test_projection_scale_tensor_and_details(fused, form):
     weight = hidden_states(1, (6,), 8, device=fused.device, seed=9)[0]
     scale = torch.tensor(0.3, device=fused.device, requires_grad=True)
 
@@ -76,6 +76,22 @@ def test_projection_scale_tensor_and_details(fused):
     student = hidden_states(2, (4,), 6, device=fused.device)
     teacher = hidden_states(3, (4,), 8, device=fused.device)
     compare(function, torch.compile(function, fullgraph=True, backend="aot_eager"), student, teacher, weight, scale)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("options", [OPTIONS["map-normalize"], OPTIONS["cls"]], ids=["map-normalize", "cls"])
+def test_projection(fused, form, options, dynamic):
+    def function(student, teacher, mask, weight):
+        return fused([2 * s for s in student], teacher, mask, proj_weight=weight, **options)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    weight = hidden_states(1, (2, 8), 5, device=fused.device, seed=9)[0]
+    for lead in ((2, 4), (3, 5)):
+        student, _ = both_sides(2, 6, lead, 8, device=fused.device)
+        teacher = hidden_states(6, lead, 5, torch.bfloat16, device=fused.device)
+        mask = torch.ones(lead, device=fused.device)
+        mask[0, 2:] = 0
+        compare(function, compiled, student, [*teacher[:5], teacher[0]], mask, weight)
 
 
 def test_the_same_tensor_as_two_layers(fused):

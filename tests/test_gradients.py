@@ -42,7 +42,7 @@ def test_first_derivative(backend, options):
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per-layer"])
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"pooling": "mean"}], ids=["plain", "normalize", "mean"])
-def test_first_derivative_with_projection(backend, options, per_layer):
+def test_first_derivative_with_projection(backend, form, options, per_layer):
     student, teacher, mask, scale = problem(backend)
     teacher = [torch.cat([t, t.square()], -1).detach().requires_grad_() for t in teacher]
     lead = (2,) if per_layer else ()

@@ -60,7 +60,7 @@ def test_rows_of_weight_0_are_never_read(backend, pooling, dtypes, poison):
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per-layer"])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_rows_of_weight_0_do_not_reach_the_projection(backend, pooling, per_layer):
+def test_rows_of_weight_0_do_not_reach_the_projection(backend, form, pooling, per_layer):
     mask = MASKS["sequence-of-0"].to(backend.device)
     student, _ = both_sides(2, 3, (3, 4), 5, device=backend.device)
     teacher = hidden_states(3, (3, 4), 7, device=backend.device, seed=3)

@@ -1,0 +1,75 @@
+"""Which form of the projection a call takes, and that both give the same."""
+
+import pytest
+import torch
+from common import both_sides, evaluate, hidden_states
+
+from alpkd_fast import layer_attention, projection
+from alpkd_fast.problem import make_problem
+
+
+def chosen(backend="cpu", m=2, n=12, D_s=384, per_layer=False, layer_map="all", layer_weights=None, monkeypatch=None):
+    """The form that a call takes: widths are all that matters of the tensors, so they have no rows."""
+    student, teacher = [torch.empty(0, D_s)] * m, [torch.empty(0, 8)] * n
+    problem = make_problem(
+        student, teacher, None, "token", layer_map, None, False, False, layer_weights, "mean", None, False, True
+    )
+    weight = torch.empty(m, D_s, 8) if per_layer else torch.empty(D_s, 8)
+    query = projection.has_query_side(problem, backend) and projection.query_side_pays(problem, weight, backend)
+    return "query-side" if query else "teacher-side"
+
+
+@pytest.mark.parametrize(
+    ("form", "case"),
+    [
+        ("query-side", {}),
+        ("query-side", {"D_s": 768}),
+        ("query-side", {"m": 3, "D_s": 768}),
+        ("query-side", {"m": 6, "per_layer": True}),
+        ("query-side", {"m": 4, "n": 24, "D_s": 1024}),
+        ("query-side", {"backend": "triton", "m": 6, "per_layer": True}),
+        ("teacher-side", {"m": 4}),
+        ("teacher-side", {"m": 6}),
+        ("teacher-side", {"m": 3}),
+        ("teacher-side", {"D_s": 64}),
+        ("teacher-side", {"m": 6, "per_layer": True, "layer_map": "no-overlap"}),
+        ("teacher-side", {"per_layer": True, "layer_map": "skip"}),
+        ("teacher-side", {"backend": "cuda"}),
+        ("teacher-side", {"backend": "reference"}),
+        ("teacher-side", {"layer_weights": (0.0, 1.0)}),
+    ],
+    ids=str,
+)
+def test_the_form_follows_from_the_count_of_products(form, case):
+    assert chosen(**case) == form
+
+
+@pytest.mark.parametrize("lead", [(0,), (1,), (2, 3), (300,)], ids=str)
+@pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per-layer"])
+def test_both_forms_give_the_same(fused, per_layer, lead, monkeypatch):
+    """In float64, with a layer map, row weights, a scale to learn and gradients for everything."""
+    student, _ = both_sides(2, 4, lead, 5, "f64-f64", device=fused.device)
+    teacher = hidden_states(4, lead, 7, torch.float64, seed=3, device=fused.device)
+    weight = hidden_states(1, (2, 5) if per_layer else (5,), 7, torch.float64, seed=4, device=fused.device)[0]
+    scale = torch.tensor(0.4, dtype=torch.float64, device=fused.device, requires_grad=True)
+    mask = (torch.arange(torch.Size(lead).numel(), device=fused.device) % 3).reshape(lead)  # 0, 1, 2, 0, …
+    options = {"proj_weight": weight, "scale": scale, "layer_map": [(0, 1, 3), (1, 2)], "normalizer": 7.0}
+    values = []
+    for query_side in (False, True):
+        monkeypatch.setattr(projection, "query_side_pays", lambda *_, answer=query_side: answer)
+        values.append(evaluate(fused.details, student, teacher, mask, **options))
+    for name, value in values[0].items():
+        torch.testing.assert_close(values[1][name], value, rtol=1e-10, atol=1e-13, msg=lambda m, name=name: name + m)
+
+
+def test_the_query_side_makes_nothing_of_the_teachers_size(monkeypatch):
+    monkeypatch.setattr(projection, "query_side_pays", lambda *_: True)
+    student, _ = both_sides(2, 8, (4 * layer_attention.BLOCK,), 16)
+    teacher = [t.detach() for t in hidden_states(8, student[0].shape[:-1], 24)]
+    weight = hidden_states(1, (16,), 24)[0]
+    from alpkd_fast import alp_loss
+
+    with torch.profiler.profile(profile_memory=True) as profile:
+        alp_loss(student, teacher, proj_weight=weight, backend="cpu").backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < sum(t.nbytes for t in teacher) / 2
