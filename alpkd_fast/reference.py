@@ -70,7 +70,7 @@ def loss_of_combined(
         layer_losses.append(omega * (weights * residual.square().sum(-1)).sum() / N)
     losses = torch.stack(layer_losses)
     attention = torch.where((weights != 0)[..., None], attention, 0.0)
-    entropy = (weights * torch.special.entr(attention).sum(-1)).flatten(1).sum(-1) / safe_total
+    entropy = (weights * torch.special.entr(attention).sum(-1)).reshape(len(losses), -1).sum(-1) / safe_total
     return losses.sum(), losses.detach(), attention, entropy
 
 

@@ -44,7 +44,7 @@ def test_the_form_follows_from_the_count_of_products(form, case):
     assert chosen(**case) == form
 
 
-@pytest.mark.parametrize("lead", [(0,), (1,), (2, 3), (300,)], ids=str)
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3), (300,)], ids=str)
 @pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per-layer"])
 def test_both_forms_give_the_same(fused, per_layer, lead, monkeypatch):
     """In float64, with a layer map, row weights, a scale to learn and gradients for everything."""
@@ -52,7 +52,7 @@ def test_both_forms_give_the_same(fused, per_layer, lead, monkeypatch):
     teacher = hidden_states(4, lead, 7, torch.float64, seed=3, device=fused.device)
     weight = hidden_states(1, (2, 5) if per_layer else (5,), 7, torch.float64, seed=4, device=fused.device)[0]
     scale = torch.tensor(0.4, dtype=torch.float64, device=fused.device, requires_grad=True)
-    mask = (torch.arange(torch.Size(lead).numel(), device=fused.device) % 3).reshape(lead)  # 0, 1, 2, 0, …
+    mask = (torch.arange(torch.Size(lead).numel(), device=fused.device) + 2).reshape(lead) % 3  # 2, 0, 1, 2, …
     options = {"proj_weight": weight, "scale": scale, "layer_map": [(0, 1, 3), (1, 2)], "normalizer": 7.0}
     values = []
     for query_side in (False, True):
