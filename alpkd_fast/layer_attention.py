@@ -30,7 +30,10 @@ def layer_attention(
     queries: m tensors (R, D) in the compute dtype, zero where ``counted`` is False.
     teacher: n tensors (R, D) of any dtype; rows where ``counted`` (R,) is False are not read into any result.
     allowed: (m, n) bool, the layer map; None = all.
+    detach_attention: no gradient through the attention; the scale's is 0.
     """
+    if detach_attention:
+        queries = [q.detach() for q in queries]
     if torch.compiler.is_compiling():  # which takes no tensor twice, but a layer may be given twice: aliases
         teacher = [t.view_as(t) for t in teacher]
     *combined, attention = _LayerAttention.apply(  # type: ignore[no-untyped-call]
@@ -81,7 +84,7 @@ class _LayerAttention(torch.autograd.Function):
             dz = ap - a * ap.sum(-1, keepdim=True)  # (b, m, n), the gradient of the scores
             if wants_queries:
                 _scatter(torch.bmm(scale * dz, t), d_layers[: ctx.m], rows)
-            if d_scale is not None:
+            if d_scale is not None and not ctx.detach_attention:
                 d_scale = d_scale + (dz * torch.bmm(_gather(queries, rows, attention.dtype), t.mT)).sum()
             if wants_teacher:
                 d_t = torch.bmm(a.mT, g)  # (b, n, D)

@@ -174,9 +174,6 @@ def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None) -> LossPa
     phi = _by_layer(weight, bias, m)
     queries = [s.reshape(-1, s.shape[-1]) @ W for s, (W, _) in zip(student, phi, strict=True)]  # m of (R, D_t)
     scale = problem.scale.to(dtype) if isinstance(problem.scale, Tensor) else problem.scale
-    if problem.detach_attention:
-        queries = [q.detach() for q in queries]
-        scale = scale.detach() if isinstance(scale, Tensor) else scale
     flat = [t.reshape(-1, t.shape[-1]) for t in teacher]  # n of (R, D_t)
     u, attention = layer_attention(queries, flat, scale, allowed, counted, problem.detach_attention)
     combined = [linear(x, W, b).view_as(s) for x, s, (W, b) in zip(u, student, phi, strict=True)]

@@ -123,7 +123,7 @@ MUTANTS = [
            "block if counted is None else torch.where(counted[rows, None, None], block, 0.0)", "block", "masking"),
     Mutant("query-side-softmax-mean-not-subtracted", "alpkd_fast/layer_attention.py",
            "dz = ap - a * ap.sum(-1, keepdim=True)", "dz = ap", "projection"),
-    Mutant("query-side-tau-term-in-spite-of-detach", "alpkd_fast/projection.py",
+    Mutant("query-side-tau-term-in-spite-of-detach", "alpkd_fast/layer_attention.py",
            "queries = [q.detach() for q in queries]", "pass", "projection"),
     Mutant("query-side-in-spite-of-more-products", "alpkd_fast/projection.py", "(2 * projected - 6 * m) * D_s >",
            "(2 * projected - 2 * m) * D_s >", "projection_forms"),

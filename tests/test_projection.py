@@ -67,6 +67,9 @@ def test_scale_tensor_with_projection(backend):
         student, teacher, phi = problem(backend, per_layer=per_layer)
         scale = torch.tensor(0.4, device=backend.device, requires_grad=True)
         assert_as_exact(backend, student, teacher, **phi, scale=scale)
+        if backend.fused:  # 0, not None: a parameter without a gradient stops DistributedDataParallel
+            backend(student, teacher, **phi, scale=scale, detach_attention=True).backward()
+            assert scale.grad.item() == 0
 
 
 @pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
