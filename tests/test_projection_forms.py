@@ -4,11 +4,11 @@ import pytest
 import torch
 from common import both_sides, evaluate, hidden_states
 
-from alpkd_fast import layer_attention, projection
+from alpkd_fast import alp_loss, layer_attention, projection
 from alpkd_fast.problem import make_problem
 
 
-def chosen(backend="cpu", m=2, n=12, D_s=384, per_layer=False, layer_map="all", layer_weights=None, monkeypatch=None):
+def chosen(backend="cpu", m=2, n=12, D_s=384, per_layer=False, layer_map="all", layer_weights=None):
     """The form that a call takes: widths are all that matters of the tensors, so they have no rows."""
     student, teacher = [torch.empty(0, D_s)] * m, [torch.empty(0, 8)] * n
     problem = make_problem(
@@ -67,8 +67,6 @@ def test_the_query_side_makes_nothing_of_the_teachers_size(monkeypatch):
     student, _ = both_sides(2, 8, (4 * layer_attention.BLOCK,), 16)
     teacher = [t.detach() for t in hidden_states(8, student[0].shape[:-1], 24)]
     weight = hidden_states(1, (16,), 24)[0]
-    from alpkd_fast import alp_loss
-
     with torch.profiler.profile(profile_memory=True) as profile:
         alp_loss(student, teacher, proj_weight=weight, backend="cpu").backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
