@@ -1,5 +1,8 @@
 """The tap's gradients are those of plain autograd, whoever else holds the gradient that it adds into."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import layer_norm, linear
@@ -315,7 +318,7 @@ def test_create_graph_gives_the_second_derivative_of_autograd():
 
 
 def test_without_the_counts_it_copies(monkeypatch, in_place):
-    monkeypatch.setattr(tap_module, "_counts", lambda grad: (_ for _ in ()).throw(AttributeError("no _use_count")))
+    monkeypatch.setattr(tap_module, "_counts", lambda *_: (_ for _ in ()).throw(AttributeError("no _use_count")))
     sole_owner_counts.cache_clear()
     try:
         assert sole_owner_counts() == frozenset()
@@ -326,6 +329,24 @@ def test_without_the_counts_it_copies(monkeypatch, in_place):
         )
     finally:
         sole_owner_counts.cache_clear()
+
+
+def test_the_counts_do_not_depend_on_who_evaluates_frames():
+    """Where a compiler has set its own evaluator, Python runs no call inline, and a call holds its arguments twice."""
+    assert torch._dynamo.run(sole_owner_counts.__wrapped__)() == sole_owner_counts() != frozenset()
+
+
+def test_the_first_tap_of_a_process_may_be_checkpointed():
+    """What the counting saves for its own backward must not be taken for the checkpointed function's."""
+    script = """
+import torch
+from torch.utils.checkpoint import checkpoint
+from alpkd_fast.capture.tap import Pooling, tap
+x = torch.ones(2, 3, 4, requires_grad=True)
+flow, rows = checkpoint(lambda x: tap(torch.tanh(x), Pooling("cls")), x, use_reentrant=False)
+(flow.sum() + rows.sum()).backward()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_nothing_weighs_in_from_tokens_of_weight_zero():

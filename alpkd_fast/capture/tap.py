@@ -53,8 +53,6 @@ class Pooling:
 
 def tap(h: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
     """Return h (..., S, D), to be used in its place, and its pooled rows (..., D)."""
-    if not torch.compiler.is_compiling():
-        sole_owner_counts()  # counted before any backward runs
     return _Tap.apply(h, pooling)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -72,7 +70,11 @@ class _Tap(torch.autograd.Function):
             return grad_flow, None
         if grad_flow is None:
             dense = grad_rows.new_zeros(ctx.shape, dtype=ctx.dtype)  # nothing comes from above
-        elif not torch.compiler.is_compiling() and _is_dense(grad_flow) and _counts(grad_flow) in sole_owner_counts():
+        elif (
+            not torch.compiler.is_compiling()
+            and _is_dense(grad_flow)
+            and _counts(grad_flow, sys.getrefcount(grad_flow)) in sole_owner_counts()
+        ):
             dense = grad_flow
         else:
             dense = grad_flow.clone(memory_format=torch.contiguous_format)
@@ -83,12 +85,16 @@ def _is_dense(grad: Tensor) -> bool:
     return type(grad) is Tensor and grad.is_contiguous() and not torch.is_grad_enabled()
 
 
-def _counts(grad: Tensor) -> tuple[int, ...]:
-    """C++ and Python holders of the gradient, of the tensor it is a view of, and of their storage."""
+def _counts(grad: Tensor, references: int) -> tuple[int, ...]:
+    """C++ and Python holders of the gradient, of the tensor it is a view of, and of their storage.
+
+    The caller counts the ``references`` to the gradient: how many a call of this function adds depends on whether
+    Python runs it inline, which it does not while a compiled function runs.
+    """
     base, storage = grad._base, grad.untyped_storage()
     return (
         grad._use_count(),  # type: ignore[attr-defined]
-        sys.getrefcount(grad),
+        references,
         0 if base is None else base._use_count(),  # type: ignore[attr-defined]
         sys.getrefcount(base) if base is not None else 0,
         torch._C._storage_Use_Count(storage._cdata),
@@ -107,7 +113,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_flow: Tensor, grad_rows: Tensor) -> Any:
-        _Probe.seen.append(_counts(grad_flow))
+        _Probe.seen.append(_counts(grad_flow, sys.getrefcount(grad_flow)))
         return grad_flow, None
 
 
@@ -138,3 +144,6 @@ def _count_once(shared: bool, view: bool) -> tuple[int, ...]:
         flow.register_hook(held.append)
     ((flow * torch.full_like(flow, 2.0)).sum() + rows).backward()
     return _Probe.seen[0]
+
+
+sole_owner_counts()  # now: in a forward, a checkpoint or a compiler would take these small graphs for the model's
