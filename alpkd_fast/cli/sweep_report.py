@@ -30,7 +30,7 @@ def report(args: argparse.Namespace, methods: Sequence[str], work: Work) -> int:
     score = teacher["teacher"]["metrics"][main]
     write_json(output / "summary.json", {"metric": main, "teacher": score, "rows": rows})
     header = ("method", "layers", main, f"against {BASELINE}", "95 % interval", "entropy", "seconds", "")
-    cells = [_cells(row) for row in rows]
+    cells = [cells_of(row) for row in rows]
     print_table(f"{work.task.name}: teacher {100 * score:.1f}", header, cells)
     lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
     (output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -99,7 +99,8 @@ def paired_interval(
     return float(low), float(high)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of summary.json as the table shows it."""
     spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
     difference, interval, verdict = "", "", ""
     if row["interval"] is not None:
