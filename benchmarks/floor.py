@@ -67,9 +67,9 @@ class Machine:
         return (memory, "memory") if memory >= compute else (compute, "compute")
 
 
-def _best(run: Callable[[int], object], device: torch.device, rounds: int = 9) -> float:
+def _best(run: Callable[[int], object], device: torch.device) -> float:
     run(0)
-    return min(gpu_seconds(run, k) if device.type == "cuda" else wall_seconds(run, k, device) for k in range(rounds))
+    return min(gpu_seconds(run, k) if device.type == "cuda" else wall_seconds(run, k, device) for k in range(5))
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -22,7 +22,7 @@ OTHER_GRADIENT = 0.37
 FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever computes them
 
 
-LEVELS = {"quick": (0.8, 3), "default": (1.5, 3), "full": (3.0, 9)}  # seconds and least rounds of each provider
+LEVELS = {"quick": (0.8, 3), "default": (1.0, 3), "full": (3.0, 9)}  # seconds and least rounds of each provider
 
 
 @dataclass

@@ -20,16 +20,17 @@ ON_GPU = torch.cuda.is_available()
 def least_level(case: str, dtype: str, mode: str) -> str:
     """Quick: the main case. Default: BERT-base in fp32 and bf16, the other sizes once. Full: everything.
 
-    On a CPU the rivals take most of a second for a call in bf16, so there only the main case has it by default.
+    On a CPU a rival takes most of a second for a call in bf16 or on a large case, so that only the main case has
+    them by default.
     """
     if mode == BOTH and (case, dtype) in QUICK:
         return "quick"
-    if dtype == "bf16" and not ON_GPU:
+    if not ON_GPU and (dtype == "bf16" or case == "bert-large-12" or mode == FORWARD):
         in_default = False
     elif case.startswith("bert-base"):
         in_default = dtype != "fp16" and (mode == BOTH or (case, dtype) == ("bert-base-6", "fp32"))
     elif case in CLS:
-        in_default = dtype == "fp32" and mode == BOTH and case not in ("cls-4", "cls-2")
+        in_default = dtype == "fp32" and mode == BOTH and case in ("cls-6", "cls-6-dense", "cls-6-pkd")
     else:
         in_default = mode == BOTH and dtype == ("bf16" if case == "decoder-16" else "fp32") and case != "bert-large-6"
     return "default" if in_default else "full"
@@ -90,8 +91,7 @@ def test_pooling(case, dtype, record, report, done):
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.level("full"))])
 @pytest.mark.parametrize(
     "case",
-    [case if case in ("projection-6", "projection-2") else pytest.param(case, marks=pytest.mark.level("full"))
-     for case in PROJECTION],
+    [case if case == "projection-6" else pytest.param(case, marks=pytest.mark.level("full")) for case in PROJECTION],
 )  # fmt: skip
 def test_projection(case, dtype, record, report, done):
     done(suite="projection", case=case, dtype=dtype)
