@@ -75,7 +75,7 @@ def _best(run: Callable[[int], object], device: torch.device) -> float:
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(lambda _: a @ b, device, rounds=5)
+    return 2 * size**3 / _best(lambda _: a @ b, device)
 
 
 def measure_machine(device: torch.device) -> Machine:

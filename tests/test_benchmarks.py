@@ -109,6 +109,11 @@ def test_floor_mixes_streams():
     assert Machine([Stream("add", 2, 1, 1.0)], CPU).stream_seconds(4, 2) == pytest.approx(2.0)
 
 
+def test_peak_is_measured():
+    """Twice the multiply-adds of a matrix product a second: between a small and an absurd number."""
+    assert 1e8 < Machine([], CPU).peak(torch.bfloat16) < 1e15
+
+
 @pytest.mark.parametrize("padding", [0.3, 0.6])
 def test_padding_is_what_it_says(padding):
     case = replace(cases.LOSS["bert-base-6"], padding=padding)
