@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from . import backends
-from .problem import HiddenStates, make_problem
+from .problem import Layers, make_problem
 from .projection import project_teacher
 
 
@@ -31,8 +31,8 @@ class ALPOutput(NamedTuple):
 
 @overload
 def alp_loss(
-    student_hidden_states: HiddenStates,
-    teacher_hidden_states: HiddenStates,
+    student_hidden_states: Layers,
+    teacher_hidden_states: Layers,
     attention_mask: Tensor | None = ...,
     *,
     pooling: str = ...,
@@ -50,8 +50,8 @@ def alp_loss(
 ) -> Tensor: ...
 @overload
 def alp_loss(
-    student_hidden_states: HiddenStates,
-    teacher_hidden_states: HiddenStates,
+    student_hidden_states: Layers,
+    teacher_hidden_states: Layers,
     attention_mask: Tensor | None = ...,
     *,
     pooling: str = ...,
@@ -68,8 +68,8 @@ def alp_loss(
     backend: str = ...,
 ) -> ALPOutput: ...
 def alp_loss(
-    student_hidden_states: HiddenStates,
-    teacher_hidden_states: HiddenStates,
+    student_hidden_states: Layers,
+    teacher_hidden_states: Layers,
     attention_mask: Tensor | None = None,
     *,
     pooling: str = "token",

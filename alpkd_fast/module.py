@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import ALPOutput, alp_loss
-from .problem import HiddenStates, constant_layer_weights
+from .problem import Layers, constant_layer_weights
 from .projection import project_student
 
 _OPTIONS = {
@@ -138,8 +138,8 @@ class ALPLoss(nn.Module):
 
     def forward(
         self,
-        student_hidden_states: HiddenStates,
-        teacher_hidden_states: HiddenStates,
+        student_hidden_states: Layers,
+        teacher_hidden_states: Layers,
         attention_mask: Tensor | None = None,
         *,
         normalizer: float | Tensor | None = None,

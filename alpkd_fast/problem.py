@@ -15,7 +15,7 @@ from .layer_maps import LayerTable, parse_layer_map
 POOLINGS = ("token", "cls", "last", "mean")
 REDUCTIONS = ("mean", "sum")
 
-HiddenStates = Tensor | Sequence[Tensor | None]
+Layers = Tensor | Sequence[Tensor | None]  # one side of a call, as the caller gives it
 
 
 @dataclass(slots=True)
@@ -46,8 +46,8 @@ class Problem:
 
 
 def make_problem(
-    student_hidden_states: HiddenStates,
-    teacher_hidden_states: HiddenStates,
+    student_hidden_states: Layers,
+    teacher_hidden_states: Layers,
     attention_mask: Tensor | None,
     pooling: str,
     layer_map: str | Tensor | Sequence[Sequence[int]],
@@ -92,7 +92,7 @@ def make_problem(
     )
 
 
-def _layers(name: str, hidden_states: HiddenStates) -> list[Tensor]:
+def _layers(name: str, hidden_states: Layers) -> list[Tensor]:
     if isinstance(hidden_states, Tensor):
         if hidden_states.dim() < 2:
             raise ValueError(

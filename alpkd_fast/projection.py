@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from .backends import Backend
 from .backends.reference import check_problem
 from .layer_attention import layer_attention
-from .problem import HiddenStates, Problem, make_problem
+from .problem import Layers, Problem, make_problem
 from .reference import loss_of_combined, pool_layers
 
 LossParts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -90,8 +90,8 @@ def query_side_pays(problem: Problem, weight: Tensor, backend: str) -> bool:
 
 
 def project_student(
-    student_hidden_states: HiddenStates,
-    teacher_hidden_states: HiddenStates,
+    student_hidden_states: Layers,
+    teacher_hidden_states: Layers,
     attention_mask: Tensor | None,
     pooling: str,
     weight: Tensor,
