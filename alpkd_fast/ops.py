@@ -131,6 +131,9 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
         problem.details,
     )
     layers = [*problem.student, *problem.teacher]
+    if not torch.is_grad_enabled():  # autograd tells its functions what requires a gradient, not whether it is on
+        layers = [h.detach() if h.requires_grad else h for h in layers]
+        scale_tensor = None if scale_tensor is None else scale_tensor.detach()
     if torch.compiler.is_compiling():  # which takes no tensor twice, but a layer may be given twice: aliases
         layers = [h.view_as(h) for h in layers]
     inputs = (backend, m, options, scale_tensor, *layers)

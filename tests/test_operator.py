@@ -66,6 +66,18 @@ def test_the_operator_returns_no_gradient_that_nobody_wants(fused, operator_argu
     assert [g.shape for g in d_teacher] == [teacher[0].shape]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nobody_wants_a_gradient_without_grad_mode(mode, fused, operator_arguments):
+    student, teacher = both_sides(2, 3, (4,), 6, device=fused.device)
+    scale = torch.tensor(0.5, device=fused.device, requires_grad=True)
+    assert all(h.requires_grad for h in student + teacher)
+    with mode():
+        fused(student, teacher, scale=scale)
+    (arguments,) = operator_arguments
+    *_, student_grad, teacher_grad, scale_grad = arguments
+    assert not any([*student_grad, *teacher_grad, scale_grad])
+
+
 def test_inference_mode_and_no_grad(backend):
     student, teacher = both_sides(2, 3, (4,), 6, device=backend.device)
     want = backend(student, teacher)
