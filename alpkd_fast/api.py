@@ -121,7 +121,8 @@ def alp_loss(
         normalizer: replaces sum(mu), counted in pooled rows, for gradient accumulation and data parallel:
             float or 0-dim tensor > 0, constant. Only with reduction="mean".
         return_details: return an :class:`ALPOutput` instead of the loss.
-        backend: "auto", "cpu" (fused C++ kernel) or "reference" (plain PyTorch, differentiable twice).
+        backend: "auto", "cpu" (fused C++ kernel), "cuda", "triton", or "reference" (plain PyTorch, differentiable
+            twice). The environment's ALPKD_FAST_BACKEND replaces "auto".
 
     Returns:
         The 0-dim loss of dtype promote_types(student, teacher, float32), or an :class:`ALPOutput`.
