@@ -33,7 +33,7 @@ def time_point(session: Session, case: Case) -> list[Row]:
     if not session.ours_only and (case.n + 2 * case.m) * case.rows * case.D <= RIVAL_ELEMENTS:
         candidates += [p for p in providers.rivals(case) if p.name == RIVAL]
     runs = {p.name: run(p, inputs, True, None) for p in candidates}
-    times = measure.take_turns(runs, session.device, session.seconds / 5, 5)
+    times = measure.take_turns(runs, session.device, session.seconds / 5, session.rounds)
     read, written = case.bytes_moved(DTYPES[dtype], True)
     floor, bound = session.machine.floor(read, written, case.operations(True), DTYPES[dtype])
     rows = []
