@@ -57,12 +57,12 @@ def test_rivals_compute_the_loss(name, padding):
 def test_a_wrong_provider_is_not_timed(dtype, monkeypatch):
     """A form with a wrong scale is refused in every dtype, gets no time, and its row says why."""
 
-    def broadcast(case, *given):
+    def attention(case, *given):
         return providers.bmm(replace(case, scale=0.9 / math.sqrt(case.D)), *given)
 
-    monkeypatch.setattr(providers, "broadcast", broadcast)
+    monkeypatch.setattr(providers, "attention", attention)
     rows = runner.run_case(session(), small("bert-base-2", D=256), dtype, BOTH)
-    (wrong,) = [row for row in rows if row.provider == "broadcast"]
+    (wrong,) = [row for row in rows if row.provider == "attention"]
     assert wrong.status.startswith("wrong")
     assert wrong.median_s is None
     timed = [row for row in rows if row.provider in ("bmm", "einsum", "public A")]
@@ -177,17 +177,19 @@ def result_files() -> list[Path]:
     return [ROOT / name for name in re.findall(r"benchmarks/results/[\w.-]+\.csv", DOCUMENT.read_text())]
 
 
-def claims(path: Path) -> list[list[str]]:
-    """The table of claims in a document, a list of cells per line."""
-    table: list[list[str]] = []
+def claims(path: Path, devices: set[str]) -> list[list[str]]:
+    """The tables of claims in a document, a list of cells per line: first the device whose name stands above it."""
+    lines: list[list[str]] = []
+    device, in_table = "", False
     for line in path.read_text().splitlines():
+        device = next((name for name in devices if line.removeprefix("## ").startswith(name)), device)
         if "| against the floor |" in line:
-            table.append([])
-        elif table and line.startswith("| ") and not line.startswith("| ---"):
-            table.append([cell.strip() for cell in line.strip("|").split("|")])
-        elif table and not line.startswith("|"):
-            break
-    return table[1:]
+            in_table = True
+        elif in_table and line.startswith("| ") and not line.startswith("| ---"):
+            lines.append([device, *(cell.strip() for cell in line.strip("|").split("|"))])
+        elif not line.startswith("|"):
+            in_table = False
+    return lines
 
 
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
@@ -198,11 +200,11 @@ def test_claims_equal_the_rows(document):
     for path in result_files():
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["suite"] in ("loss", "cls") and row["median_s"]]
-    table = claims(ROOT / document)
-    assert table or document == "README.md"
-    for case, _, n, m, width, dtype, version, time, floor, line, rival, rival_line, best, other in table:
-        wanted = {"case": case, "n": n, "m": m, "D": width, "dtype": dtype, "provider": version, "mode": BOTH,
-                  "padding": "0"}  # fmt: skip
+    table = claims(ROOT / document, {row["device"] for row in rows})
+    assert table
+    for device, case, _, n, m, width, dtype, version, time, floor, line, rival, rival_line, best, other in table:
+        wanted = {"device": device, "case": case, "n": n, "m": m, "D": width, "dtype": dtype, "provider": version,
+                  "mode": BOTH, "padding": "0"}  # fmt: skip
         found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
         one = max((row for row in found if row["gradient"] == "1"), key=lambda row: row["run"])
         value, unit = time.split()
