@@ -177,13 +177,22 @@ def result_files() -> list[Path]:
     return [ROOT / name for name in re.findall(r"benchmarks/results/[\w.-]+\.csv", DOCUMENT.read_text())]
 
 
-def claims(path: Path, devices: set[str]) -> list[list[str]]:
-    """The tables of claims in a document, a list of cells per line: first the device whose name stands above it."""
+def timed_rows() -> list[dict[str, str]]:
+    """The published rows of the loss and [CLS] suites, read without our own reader."""
+    rows: list[dict[str, str]] = []
+    for path in result_files():
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["suite"] in ("loss", "cls") and row["median_s"]]
+    return rows
+
+
+def claims(path: Path, header: str, devices: set[str]) -> list[list[str]]:
+    """The tables with this header, a list of cells per line: first the device whose name stands above it."""
     lines: list[list[str]] = []
     device, in_table = "", False
     for line in path.read_text().splitlines():
         device = next((name for name in devices if line.removeprefix("## ").startswith(name)), device)
-        if "| against the floor |" in line:
+        if header in line:
             in_table = True
         elif in_table and line.startswith("| ") and not line.startswith("| ---"):
             lines.append([device, *(cell.strip() for cell in line.strip("|").split("|"))])
@@ -192,23 +201,29 @@ def claims(path: Path, devices: set[str]) -> list[list[str]]:
     return lines
 
 
+def newest(timed: list[dict[str, str]], other_gradient: bool = False, **wanted: str) -> dict[str, str]:
+    found = [row for row in timed if all(row[k] == v for k, v in {"mode": BOTH, "padding": "0", **wanted}.items())]
+    return max(
+        (row for row in found if (row["gradient"] not in ("1", "65536") if other_gradient else row["gradient"] == "1")),
+        key=lambda row: row["run"],
+    )
+
+
+def assert_time(said: str, row: dict[str, str]) -> None:
+    value, unit = said.split()
+    assert float(value) == pytest.approx(float(row["median_s"]) * {"s": 1, "ms": 1e3, "µs": 1e6}[unit], rel=6e-3)
+
+
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
-@pytest.mark.parametrize("document", ["docs/benchmarks.md", "README.md"])
-def test_claims_equal_the_rows(document):
-    """Every figure of the claims is that of a row, "reached" stands only where it is; read without our own reader."""
-    rows = []
-    for path in result_files():
-        with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row["suite"] in ("loss", "cls") and row["median_s"]]
-    table = claims(ROOT / document, {row["device"] for row in rows})
+def test_claims_equal_the_rows():
+    """Every figure of the claims is that of a row, "reached" stands only where it is."""
+    rows = timed_rows()
+    table = claims(DOCUMENT, "| against the floor |", {row["device"] for row in rows})
     assert table
     for device, case, _, n, m, width, dtype, version, time, floor, line, rival, rival_line, best, other in table:
-        wanted = {"device": device, "case": case, "n": n, "m": m, "D": width, "dtype": dtype, "provider": version,
-                  "mode": BOTH, "padding": "0"}  # fmt: skip
-        found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
-        one = max((row for row in found if row["gradient"] == "1"), key=lambda row: row["run"])
-        value, unit = time.split()
-        assert float(value) == pytest.approx(float(one["median_s"]) * {"s": 1, "ms": 1e3, "µs": 1e6}[unit], rel=6e-3)
+        wanted = {"device": device, "case": case, "n": n, "m": m, "D": width, "dtype": dtype, "provider": version}
+        one = newest(rows, **wanted)
+        assert_time(time, one)
         if floor.endswith("×"):
             assert floor == f"{float(one['x_floor']):.2f} ×"
             assert line.endswith("reached") == (float(one["x_floor"]) <= float(re.findall(r"[\d.]+", line)[0]))
@@ -222,8 +237,25 @@ def test_claims_equal_the_rows(document):
         assert rival_line.endswith("reached") == (float(one["x_best_rival"]) >= limit)
         assert best == one["best_rival"]
         if other:
-            again = max((row for row in found if row["gradient"] not in ("1", "65536")), key=lambda row: row["run"])
+            again = newest(rows, other_gradient=True, **wanted)
             assert other == f"{float(again['x_floor']):.2f} / {float(again['x_best_rival']):.1f}"
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
+def test_the_readme_says_what_the_rows_say():
+    rows = timed_rows()
+    table = claims(ROOT / "README.md", "| time / floor |", {row["device"] for row in rows})
+    assert table
+    for device, what, dtype, version, time, floor, rival in table:
+        count, suite, n, m, width = re.fullmatch(
+            r"(\d+) (tokens|\[CLS\] rows), (\d+) → (\d+) layers of (\d+)", what
+        ).groups()
+        case = {"tokens": "bert-base-", "[CLS] rows": "cls-"}[suite] + m
+        shape = {"rows": count, "n": n, "m": m, "D": width}
+        one = newest(rows, device=device, case=case, dtype=dtype, provider=version, **shape)
+        assert_time(time, one)
+        assert floor == (f"{float(one['x_floor']):.2f} ×" if suite == "tokens" else "")
+        assert rival == f"{float(one['x_best_rival']):.1f} × over {one['best_rival']}"
 
 
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
