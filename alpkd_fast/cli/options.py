@@ -122,6 +122,12 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--projection", choices=PROJECTIONS, default=default.projection, help="%(default)s")
     group.add_argument("--projected-side", choices=SIDES, default=default.projected_side, help="%(default)s")
     group.add_argument("--projection-bias", action=flag, default=True, help="whether the projection has one")
+    group.add_argument(
+        "--teacher-batch-size",
+        type=_positive,
+        metavar="ROWS",
+        help="run the teacher on so many at a time, for less memory; the whole batch",
+    )
     group.add_argument("--backend", default=default.backend, help="of the loss; %(default)s")
 
 

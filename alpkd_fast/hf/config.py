@@ -47,6 +47,8 @@ class DistillationConfig:
             per student layer that takes part).
         projected_side: "teacher" (φ, to the student's width) or "student" (to the teacher's width).
         projection_bias: whether the projection has a bias.
+        teacher_batch_size: run the teacher on this many sequences at a time; its hidden states are freed after each
+            part. The same loss and gradients. None for the whole batch.
         seed: of the random layer maps of "rail".
         backend: of :func:`alpkd_fast.alp_loss`.
 
@@ -72,6 +74,7 @@ class DistillationConfig:
     projection: str = "auto"
     projected_side: str = "teacher"
     projection_bias: bool = True
+    teacher_batch_size: int | None = None
     seed: int = 0
     backend: str = "auto"
 
@@ -92,6 +95,11 @@ class DistillationConfig:
             raise ValueError(f"temperature must be finite and > 0, got {self.temperature}")
         if self.scale is not None and not 0 <= self.scale < math.inf:
             raise ValueError(f"scale must be finite and >= 0, got {self.scale}; None stands for 1/sqrt(D)")
+        size = self.teacher_batch_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(
+                f"teacher_batch_size: got {size!r}; allowed are whole numbers >= 1, and None for the whole batch"
+            )
         fixed = METHODS[self.method].scale
         if fixed is not None and self.scale not in (None, fixed):
             raise ValueError(f'scale: method {self.method!r} fixes it to {fixed:g}, got {self.scale}; use method "alp"')

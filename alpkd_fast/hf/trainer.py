@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from .data import LengthGroupedSampler
 from .losses import hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
+from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
 
 LOSS_NAME = "alp_loss"  # the student's submodule that holds what the loss learns
 LOSS_FILE = "alp_loss.safetensors"
-
-Inputs = dict[str, Any]
 
 
 class LengthGroupedTrainer(Trainer):
@@ -198,8 +198,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
         mask = _attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
-        teacher_logits, teacher_rows = self._teacher_outputs(inputs)
-        outputs, alp = self._run_student(model, inputs, mask, teacher_rows, counts[1])
+        outputs, teacher_logits, alp = self._run_models(model, inputs, mask, counts[1])
         loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
         if alp is not None:
             loss = loss + self.distillation.alp_weight * alp
@@ -208,10 +207,18 @@ class DistillationTrainer(LengthGroupedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_outputs(self, inputs: Inputs) -> Outputs:
+        """Of the whole batch, from the cache where there is one."""
+        batch, size = len(_attention_mask(inputs)), self.distillation.teacher_batch_size
+        compute = partial(whole_outputs, self._run_teacher, inputs, batch, size)
         if self._teacher_cache is None:
-            return self._run_teacher(inputs)
+            return compute()
         kind = (self.pooling, *self._teacher_layers) if self.distillation.uses_hidden_states else None
-        return self._teacher_cache.get(kind, inputs[ROW_COLUMN], lambda: self._run_teacher(inputs))
+        return self._teacher_cache.get(kind, inputs[ROW_COLUMN], compute)
+
+    def _token_part(self, batch: int) -> int | None:
+        """Sequences whose tokens of the teacher are there at a time; None for the whole batch's."""
+        size = self.distillation.teacher_batch_size
+        return size if self.pooling == "token" and size is not None and size < batch else None
 
     def _run_teacher(self, inputs: Inputs) -> Outputs:
         """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
@@ -222,20 +229,36 @@ class DistillationTrainer(LengthGroupedTrainer):
             with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:
                 return self.teacher(**own).logits, captured.take()
 
-    def _run_student(
-        self, model: nn.Module, inputs: Inputs, mask: Tensor, teacher_rows: list[Tensor] | None, rows: Tensor
-    ) -> tuple[Inputs, Tensor | None]:
+    def _run_models(
+        self, model: nn.Module, inputs: Inputs, mask: Tensor, rows: Tensor
+    ) -> tuple[Inputs, Tensor, Tensor | None]:
+        """The student's outputs, the teacher's logits, and the loss on hidden states."""
         own = _accepted(inputs, self._student_inputs)
-        if teacher_rows is None:
-            return model(**own), None
+        if not self.distillation.uses_hidden_states:
+            logits, _ = self._teacher_outputs(inputs)
+            return model(**own), logits, None
         student = self.accelerator.unwrap_model(model)
         module: ALPLoss = getattr(student, LOSS_NAME)
         module.options["layer_map"] = self._layer_map(int(self.state.epoch or 0))
-        details: list[ALPOutput] = []
+        # The teacher runs ahead of the student, whose activations take no memory yet. Parts of tokens run after it: the
+        # loss takes each part's at once, and they are freed before the next part is run.
+        size = self._token_part(len(mask))
+        ahead = [self._teacher_outputs(inputs)] if size is None else []
+        teacher_logits: list[Tensor] = []
+        details: list[tuple[ALPOutput, slice]] = []
 
         def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
-            details.append(module(captured.take(), teacher_rows, captured.row_weights, normalizer=rows))
-            return {"logits": outputs.logits, "alp": details[0].loss}
+            layers, weights = captured.take(), captured.row_weights
+            # The backward of torch.split puts the parts' gradients together, without dense zeros for each.
+            parts = iter([layers]) if size is None else zip(*(h.split(size) for h in layers), strict=True)
+
+            def use(teacher_rows: Rows, part: slice) -> None:
+                part_weights = None if weights is None else weights[part]
+                details.append((module(next(parts), teacher_rows, part_weights, normalizer=rows), part))
+
+            run = self._run_teacher if size is not None else lambda _: ahead.pop()
+            teacher_logits.append(run_in_parts(run, inputs, len(mask), size, use))
+            return {"logits": outputs.logits, "alp": torch.stack([output.loss for output, _ in details]).sum()}
 
         # Inside the student's own forward: there DDP sees φ used, and FSDP has it gathered.
         with (
@@ -243,8 +266,9 @@ class DistillationTrainer(LengthGroupedTrainer):
             student.register_forward_hook(add_loss, prepend=True),
         ):
             outputs = model(**own)
-        self._record_details(details[0], mask, rows)
-        return outputs, outputs["alp"]
+        for output, part in details:
+            self._record_details(output, mask[part], rows)
+        return outputs, teacher_logits[0], outputs["alp"]
 
     def _logit_loss(
         self, logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, counted: Tensor, count: Tensor

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from alpkd_fast.cli.main import main
-from alpkd_fast.cli.options import with_config_file
+from alpkd_fast.cli.main import main, make_parser
+from alpkd_fast.cli.options import distillation_config, with_config_file
 
 DISTILL = ["distill", "--teacher", "nowhere", "--task", "sst2", "--data", "nowhere", "--output", "unused"]
 
@@ -21,6 +21,7 @@ DISTILL = ["distill", "--teacher", "nowhere", "--task", "sst2", "--data", "nowhe
         ([*DISTILL, "--pooling", "max"], "choose from"),
         ([*DISTILL, "--epochs", "0"], "above 0"),
         ([*DISTILL, "--batch-size", "1.5"], "whole and above 0"),
+        ([*DISTILL, "--teacher-batch-size", "0"], "whole and above 0"),
         ([*DISTILL, "--kd-weight", "much"], "of at least 0"),
         ([*DISTILL, "--warmup", "2"], "from 0 to 1"),
         ([*DISTILL, "--methd", "alp"], "unrecognized arguments: --methd"),
@@ -71,6 +72,15 @@ def test_config_file_comes_before_the_command_line(tmp_path):
         "distill", "--task", "sst2", "--no-normalize", "--cpu", "--layers", "1", "3", "--alp-weight", "10",
         "--task", "cola",
     ]  # fmt: skip
+
+
+def test_options_reach_the_configuration(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher-batch-size: 4\npooling: token\n")
+    args = make_parser().parse_args(with_config_file([*DISTILL, "--config", str(path), "--pooling", "mean"]))
+    config = distillation_config(args, args.method, args.seed)
+    assert (config.teacher_batch_size, config.pooling) == (4, "mean")
 
 
 def test_config_file_with_a_wrong_name(tmp_path, capsys):

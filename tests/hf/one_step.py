@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "student-projected": {"method": "alp", "hidden_size": 16, "projected_side": "student", "learn_scale": True},
     "pkd": {"method": "pkd-skip", "pooling": "cls"},
     "mlm": {"method": "alp", "mlm": True, "hidden_size": 16},
+    "teacher-in-parts": {"method": "alp-po", "pooling": "token", "hidden_size": 16, "teacher_batch_size": 1},
     "half-padding": {"method": "alp", "pooling": "token", "hidden_size": 16, "padding_from": GLOBAL_BATCH // 2},
 }
 
@@ -67,9 +68,9 @@ class TokenLabels:
 
 
 def one_step(
-    case: str, batch_size: int, accumulation: int, folder: Path
+    case: str, batch_size: int, accumulation: int, folder: Path, **changes: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    options = dict(CASES[case])
+    options = {**CASES[case], **changes}
     hidden_size, mlm = options.pop("hidden_size", None), options.pop("mlm", False)
     padding_from = options.pop("padding_from", GLOBAL_BATCH)
     tokenizer = make_tokenizer()

@@ -18,7 +18,7 @@ RELATIVE = 64 * torch.finfo(torch.float32).eps
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return {case: one_step(case, GLOBAL_BATCH, 1, folder) for case in CASES}
+    return {case: one_step(case, GLOBAL_BATCH, 1, folder, teacher_batch_size=None) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,12 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_accumulation_is_one_large_batch(case, whole, tmp_path):
     assert_same(one_step(case, GLOBAL_BATCH // 4, 4, tmp_path), whole[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_teacher_in_parts_is_one_large_batch(case, whole, tmp_path):
+    """Parts of 3, 3 and 2; in "half-padding" the last one has nothing but padding."""
+    assert_same(one_step(case, GLOBAL_BATCH, 1, tmp_path, teacher_batch_size=3), whole[case])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -56,6 +56,9 @@ def test_options_of_each_method():
         ({"method": "uniform", "scale": 1.0}, "method 'uniform' fixes it to 0"),
         ({"method": "uniform", "learn_scale": True}, "learn_scale: method 'uniform' fixes the scale to 0"),
         ({"projected_side": "both"}, "projected_side: got 'both'; allowed are teacher, student"),
+        ({"teacher_batch_size": 0}, "teacher_batch_size: got 0; allowed are whole numbers >= 1, and None for"),
+        ({"teacher_batch_size": 2.5}, "teacher_batch_size: got 2.5; allowed"),
+        ({"teacher_batch_size": True}, "teacher_batch_size: got True; allowed"),
         ({"method": "kd", "ce_weight": 0, "kd_weight": 0}, "leave no loss"),
     ],
 )

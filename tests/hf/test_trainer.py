@@ -326,17 +326,22 @@ def test_save_pretrained_of_the_trained_model_is_plain_too(tmp_path):
     assert not any(info.values())
 
 
+@pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("method", ["kd", "alp"])
-def test_teacher_cache_changes_nothing_and_spares_the_teacher(method, tmp_path):
+def test_teacher_cache_changes_nothing_and_spares_the_teacher(method, size, tmp_path):
     rows = [{**row, "row": number} for number, row in enumerate(ROWS)]
     cache, results, calls = TeacherCache(), [], []
     for shared in (None, cache, cache):
-        trainer = make_trainer(tmp_path, rows=rows, method=method, pooling="mean", teacher_cache=shared)
+        trainer = make_trainer(
+            tmp_path, rows=rows, method=method, pooling="mean", teacher_cache=shared, teacher_batch_size=size
+        )
         trainer.teacher.register_forward_hook(lambda *_: calls.append(1))
         trainer.train()
         results.append((trainer.model.state_dict(), len(calls)))
         calls.clear()
-    assert [count for _, count in results] == [6, 3, 0]  # two epochs of three batches; one of them; none
+    parts = 1 if size is None else 3  # of 8 rows
+    # two epochs of three batches; one of them; none
+    assert [count for _, count in results] == [6 * parts, 3 * parts, 0]
     for state, _ in results[1:]:
         for name, value in results[0][0].items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
