@@ -70,7 +70,7 @@ def step_table(rows: Sequence[Row]) -> str:
     header = ("case", "sequences", "dtype", "step", "time", "added", "share, ± 95 %", "line", "peak memory", "line")
     lines = []
     for pair in pairs(rows, "step-"):
-        row, ours = pair.row, pair.row.provider.endswith("fused ALP")
+        row, ours = pair.row, "fused ALP" in pair.row.provider
         added = ("", "") if row is pair.base else (milliseconds(row.added_s), f"{pair.share:+.1%} ± {pair.spread:.1%}")
         lines.append((
             row.case, str(pair.sequences), row.dtype, row.provider, seconds(row.median_s), *added,

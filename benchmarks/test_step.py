@@ -21,6 +21,7 @@ from .runner import Session
 capture = pytest.importorskip("alpkd_fast.capture", reason="alpkd_fast.capture is not there yet")
 
 TEACHER_LAYERS, WIDTH, SEQ = 12, 768, 128
+PART = 4  # sequences that the teacher runs on at a time
 
 
 def add_rows(
@@ -48,7 +49,9 @@ def bert(layers: int, device: torch.device) -> nn.Module:
 
 
 def training_steps(case: Case, device: torch.device) -> dict[str, measure.Run]:
-    """One optimizer step on random tokens: KD alone, with the loss in eager PyTorch, with ours on captured states."""
+    """One optimizer step on random tokens: KD alone, with the loss in eager PyTorch, with ours on captured states, and
+    for tokens with ours on a part of the teacher's at a time.
+    """
     teacher, student = bert(case.n, device).eval().requires_grad_(False), bert(case.m, device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
     tokens = torch.randint(1000, 30000, (case.batch, case.seq), device=device)
@@ -67,15 +70,19 @@ def training_steps(case: Case, device: torch.device) -> dict[str, measure.Run]:
         optimizer.step()
         optimizer.zero_grad()  # at the end, so that a step's peak memory holds all gradients
 
-    def kd(output, target):
-        soft = kl_div(output.logits.log_softmax(-1), target.logits.softmax(-1), reduction="batchmean")
+    def kd(output, teacher_logits):
+        soft = kl_div(output.logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="batchmean")
         return cross_entropy(output.logits, labels) + soft
+
+    def alone():
+        output, target = models()
+        return kd(output, target.logits)
 
     def eager():
         output, target = models(output_hidden_states=True)
         take = (lambda h: h[:, 0]) if case.pooling == "cls" else (lambda h: h.flatten(0, -2))
         rows = ([take(h) for h in given.hidden_states[1:]] for given in (output, target))
-        return kd(output, target) + einsum(case, *rows, None)
+        return kd(output, target.logits) + einsum(case, *rows, None)
 
     def fused():
         with (
@@ -83,15 +90,26 @@ def training_steps(case: Case, device: torch.device) -> dict[str, measure.Run]:
             capture.HiddenStates(student, pooling=case.pooling) as student_states,
         ):
             output, target = models()
-            return kd(output, target) + alp_loss(
+            return kd(output, target.logits) + alp_loss(
                 student_states.take(), teacher_states.take(), student_states.row_weights
             )
 
-    return {
-        "KD": lambda _: step(lambda: kd(*models())),
-        "KD + eager ALP": lambda _: step(eager),
-        "KD + fused ALP": lambda _: step(fused),
-    }
+    def fused_in_parts():
+        with capture.HiddenStates(teacher) as teacher_states, capture.HiddenStates(student) as student_states:
+            output = student(**inputs)
+            parts = zip(*(h.split(PART) for h in student_states.take()), strict=True)
+            rows, logits, alp = inputs["attention_mask"].sum(), [], 0.0
+            for start, student_part in zip(range(0, case.batch, PART), parts, strict=True):
+                part = {name: value[start : start + PART] for name, value in inputs.items()}
+                with torch.no_grad():
+                    logits.append(teacher(**part).logits)
+                alp += alp_loss(student_part, teacher_states.take(), part["attention_mask"], normalizer=rows)
+            return kd(output, torch.cat(logits)) + alp
+
+    forms = {"KD": alone, "KD + eager ALP": eager, "KD + fused ALP": fused}
+    if case.pooling == "token" and case.batch > PART:
+        forms["KD + fused ALP, teacher in parts"] = fused_in_parts
+    return {name: lambda _, form=form: step(form) for name, form in forms.items()}
 
 
 def warm_training_steps(case: Case, device: torch.device) -> dict[str, measure.Run]:

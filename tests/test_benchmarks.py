@@ -288,16 +288,18 @@ def test_a_steps_time_line(added, iqr, said):
     assert f"{added:+.1%} ± {1.57 * iqr / 2:.1%} | ≤ 3%: {said}" in steps.step_table(rows)
 
 
+@pytest.mark.parametrize("provider", ["KD + fused ALP", "KD + fused ALP, teacher in parts"])
 @pytest.mark.parametrize(("extra", "said"), [(0, "reached"), (1, "missed")])
-def test_a_steps_memory_line(extra, said):
+def test_a_steps_memory_line(extra, said, provider):
     """KD and the gradients to two layers of 32 rows of 8 float32 values, and not more than the resolution beyond."""
     times = {"median_s": 1.0, "added_s": 0.0, "iqr_s": 0.0}
     fused = {**times, "extra_bytes": 4096 + 2 * 32 * 8 * 4 + steps.RESOLUTION + extra}
-    rows = step_rows("step-2-cls", {**times, "extra_bytes": 4096}, **{"KD + fused ALP": fused})
+    rows = step_rows("step-2-cls", {**times, "extra_bytes": 4096}, **{provider: fused})
     assert steps.pairs(rows, "step-")[1].memory_line == ""  # 16 sequences
     for row in rows:
         row.rows = 32
     assert steps.pairs(rows, "step-")[1].memory_line == f"≤ 6 KiB: {said}"
+    assert steps.step_table(rows).endswith(f"| ≤ 6 KiB: {said} |")
 
 
 def test_a_chains_line_is_on_what_the_eager_form_adds():
