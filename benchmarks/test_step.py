@@ -108,7 +108,7 @@ def training_steps(case: Case, device: torch.device) -> dict[str, measure.Run]:
 
     forms = {"KD": alone, "KD + eager ALP": eager, "KD + fused ALP": fused}
     if case.pooling == "token" and case.batch > PART:
-        forms["KD + fused ALP, teacher in parts"] = fused_in_parts
+        forms[f"KD + fused ALP, teacher in parts of {PART}"] = fused_in_parts
     return {name: lambda _, form=form: step(form) for name, form in forms.items()}
 
 

@@ -288,7 +288,7 @@ def test_a_steps_time_line(added, iqr, said):
     assert f"{added:+.1%} ± {1.57 * iqr / 2:.1%} | ≤ 3%: {said}" in steps.step_table(rows)
 
 
-@pytest.mark.parametrize("provider", ["KD + fused ALP", "KD + fused ALP, teacher in parts"])
+@pytest.mark.parametrize("provider", ["KD + fused ALP", "KD + fused ALP, teacher in parts of 4"])
 @pytest.mark.parametrize(("extra", "said"), [(0, "reached"), (1, "missed")])
 def test_a_steps_memory_line(extra, said, provider):
     """KD and the gradients to two layers of 32 rows of 8 float32 values, and not more than the resolution beyond."""
