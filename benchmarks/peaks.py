@@ -34,7 +34,7 @@ def peaks(make_runs: Callable[..., dict[str, measure.Run]], *arguments: Any) -> 
     answer = context.Queue()
     process = context.Process(target=_child, args=(make_runs, arguments, answer))
     process.start()
-    found = answer.get(timeout=300)
+    found = answer.get(timeout=900)  # some runs take 10 s and a warm-up each
     process.join()
     if any(peak is None for peak, _ in found.values()):
         pytest.skip("this system does not tell a process's peak memory")

@@ -131,7 +131,7 @@ def test_step(m, pooling, record, done):
     case = Case(f"step-{m}-{pooling}", n=TEACHER_LAYERS, m=m, D=WIDTH, batch=batch, seq=SEQ, pooling=pooling)
     dtype = "fp32" if record.device.type == "cpu" else "bf16"
     found = peaks(warm_training_steps, case, record.device)
-    add_rows(record, case, dtype, training_steps(case, record.device), 9 if record.level == "full" else 6, found)
+    add_rows(record, case, dtype, training_steps(case, record.device), 9 if record.level == "full" else 4, found)
 
 
 @pytest.mark.step
