@@ -1,4 +1,4 @@
-"""A chain of cheap layers whose outputs are compared on their [CLS] rows, by how the loss gets the rows."""
+"""A chain of cheap layers whose outputs are compared, on their tokens or their [CLS] rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .cases import Case
 from .providers import einsum
 
 
-def chain_runs(case: Case, device: torch.device, keep: bool) -> dict[str, measure.Run]:
+def chain_runs(case: Case, device: torch.device, keep: bool = False) -> dict[str, measure.Run]:
     """Forward and backward of m layers whose outputs are compared, and one behind them; with ``keep`` each gradient of
-    these outputs is held by a hook until the run ends."""
+    these outputs is held by a hook until the run ends. [CLS] rows are also had through the tap."""
     shape = (case.batch, case.seq, case.D)
     x, above, *teacher = (torch.randn(shape, device=device) for _ in range(2 + case.n))
-    teacher_rows = [t[:, 0] for t in teacher]
+    rows_of = (lambda h: h[:, 0]) if case.pooling == "cls" else (lambda h: h.flatten(0, -2))
+    teacher_rows = [rows_of(t) for t in teacher]
     kept: list[Tensor] = []
 
     def make_chain() -> nn.Sequential:
@@ -27,9 +28,7 @@ def chain_runs(case: Case, device: torch.device, keep: bool) -> dict[str, measur
             layer.register_forward_pre_hook(lambda _, inputs: inputs[0].register_hook(kept.append) and None)
         return chain
 
-    plain, tapped = make_chain(), make_chain()
-    names = [name for name, _ in tapped.named_children()][:-1]
-    taken = HiddenStates(tapped, layers=names, pooling="cls").__enter__()  # for good
+    plain = make_chain()
 
     def forward():
         h, found = x, []
@@ -49,19 +48,25 @@ def chain_runs(case: Case, device: torch.device, keep: bool) -> dict[str, measur
 
     def eager(_):
         *found, last = forward()
-        return backward(plain, last, einsum(case, [h[:, 0] for h in found], teacher_rows, None))
+        return backward(plain, last, einsum(case, [rows_of(h) for h in found], teacher_rows, None))
 
     def fused(_):
         *found, last = forward()
-        return backward(plain, last, alp_loss(found, teacher, pooling="cls"))
+        return backward(plain, last, alp_loss(found, teacher, pooling=case.pooling))
+
+    runs = {
+        "chain": lambda _: backward(plain, forward()[-1]),
+        "chain + eager ALP": eager,
+        "chain + fused ALP": fused,
+    }
+    if case.pooling == "token":
+        return runs
+    tapped = make_chain()
+    names = [name for name, _ in tapped.named_children()][:-1]
+    taken = HiddenStates(tapped, layers=names, pooling=case.pooling).__enter__()  # for good
 
     def through_the_tap(_):
         last = tapped(x)
         return backward(tapped, last, alp_loss(taken.take(), teacher_rows))
 
-    return {
-        "chain": lambda _: backward(plain, forward()[-1]),
-        "chain + eager ALP": eager,
-        "chain + fused ALP": fused,
-        f"chain + fused ALP, tap {'copying' if keep else 'in place'}": through_the_tap,
-    }
+    return {**runs, f"chain + fused ALP, tap {'copying' if keep else 'in place'}": through_the_tap}

@@ -159,9 +159,9 @@ def section(device: str, rows: list[Row], pictures_folder: Path) -> str:
         if name == "tokens" and any(row.suite == "scaling" for row in rows):
             parts.append(scaling_table(rows))
         if name == "step":
-            parts.append(steps.step_table(full))
+            parts += [steps.step_table(full), "\n".join(f"- {sentence}" for sentence in steps.chain_shares(full))]
     for title, table in (
-        ("What the loss on [CLS] rows adds to a chain of layers", steps.chain_table(full)),
+        ("What the loss adds to a chain of layers", steps.chain_table(full)),
         ("Peak memory by how the hidden states are had", steps.memory_table(full)),
     ):
         parts += [f"### {title}", table] if table else []

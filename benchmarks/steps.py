@@ -96,6 +96,21 @@ def chain_table(rows: Sequence[Row]) -> str:
     return markdown(header, lines) if lines else ""
 
 
+def chain_shares(rows: Sequence[Row]) -> list[str]:
+    """What the loss adds to the chain, which a step's noise does not hide, as a share of the shortest whole step."""
+    said = []
+    for pooling, share in TIME_LINES.items():
+        added = [pair.row for pair in pairs(rows, f"chain-6-{pooling}") if "fused ALP" in pair.row.provider]
+        steps = [pair.row for pair in pairs(rows, "step-") if pair.row is pair.base and pair.row.case.endswith(pooling)]
+        steps = [row for row in steps if added and row.rows == added[0].rows]
+        if added and steps:
+            least, step = min(row.added_s for row in added), min(row.median_s for row in steps)
+            said.append(f"With {pooling} rows of {added[0].m} layers the loss adds {milliseconds(least)[1:]} to the "
+                        f"chain below. That is {least / step:.2%} of the shortest KD step of as many sequences "
+                        f"({seconds(step)}; line: {share:.0%}).")  # fmt: skip
+    return said
+
+
 def memory_table(rows: Sequence[Row]) -> str:
     """Peak memory by how the hidden states are had; the first row of a case keeps none."""
     some = [row for row in rows if row.suite == "memory" and row.kind == "capture"]

@@ -1,4 +1,4 @@
-"""What the loss adds: to a whole training step, and to a chain of cheap layers in the [CLS] case."""
+"""What the loss adds: to a whole training step, and to a chain of cheap layers."""
 
 from __future__ import annotations
 
@@ -132,6 +132,14 @@ def test_step(m, pooling, record, done):
     dtype = "fp32" if record.device.type == "cpu" else "bf16"
     found = peaks(warm_training_steps, case, record.device)
     add_rows(record, case, dtype, training_steps(case, record.device), 9 if record.level == "full" else 4, found)
+
+
+@pytest.mark.step
+def test_tokens_in_a_chain(record, done):
+    """What the loss on tokens adds, where no matrix products of a model hide it in their noise."""
+    done(suite="step", case="chain-6-token")
+    case = Case("chain-6-token", n=TEACHER_LAYERS, m=6, D=WIDTH, batch=32, seq=SEQ)
+    add_rows(record, case, "fp32", chain_runs(case, record.device), 30 if record.level == "full" else 10, {})
 
 
 @pytest.mark.step

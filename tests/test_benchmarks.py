@@ -309,3 +309,20 @@ def test_a_chains_line_is_on_what_the_eager_form_adds():
         "| chain-6-cls | fused | 30 ms | +10.0 ms | 1.2 |  |",
         "| chain-6-cls | tap in place | 30 ms | +2.0 ms | 6.0 | ≥ 5: reached |",
     ]
+
+
+def test_what_a_chain_adds_is_told_as_a_share_of_a_step_of_the_same_size():
+    base, others = {"suite": "step", "rows": 32, "m": 6}, {"median_s": 1.0, "added_s": 0.0}
+    rows = [
+        Row(case="chain-6-cls", provider="chain", **base, **others),
+        Row(case="chain-6-cls", provider="chain + eager ALP", **base, median_s=1.1, added_s=0.1),
+        Row(case="chain-6-cls", provider="chain + fused ALP", **base, median_s=1.05, added_s=0.05),
+        Row(case="chain-6-cls", provider="chain + fused ALP, tap in place", **base, median_s=1.02, added_s=0.02),
+    ]
+    assert steps.chain_shares(rows) == []
+    rows += [Row(case="step-2-cls", provider="KD", suite="step", rows=4, median_s=1.0)]
+    assert steps.chain_shares(rows) == []
+    rows += [Row(case=f"step-{m}-cls", provider="KD", suite="step", rows=32, median_s=2.0 * m) for m in (2, 6)]
+    (said,) = steps.chain_shares(rows)
+    assert "cls rows of 6 layers the loss adds 20.0 ms to the chain" in said
+    assert "0.50% of the shortest KD step of as many sequences (4 s; line: 1%)" in said
