@@ -6,10 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <memory>
 #include <string>
 
+#include "../groups.h"
 #include "problem.h"
 
 namespace alp {
@@ -84,29 +84,18 @@ struct Groups {
   Groups(int m, int n, const std::vector<int64_t>& counts, const std::vector<int64_t>& layers,
          const std::vector<double>& omega, bool with_teacher)
       : student_active(new bool[m]()), teacher_active(new bool[n]()) {
-    std::map<std::vector<int>, std::vector<int>> students_of;  // set of teachers → students
-    std::vector<std::vector<int>> attended_by(n);
-    size_t next = 0;
+    const std::vector<std::vector<int>> attended = attended_layers(n, counts, layers, omega);
+    std::vector<std::vector<int>> attending(n);  // per teacher layer, in order
     for (int i = 0; i < m; ++i) {
-      std::vector<int> teachers;
-      if (counts.empty())
-        for (int j = 0; j < n; ++j) teachers.push_back(j);
-      else
-        for (int64_t k = 0; k < counts[i]; ++k) teachers.push_back(int(layers[next++]));
-      if (omega[i] == 0) continue;
-      student_active[i] = true;
-      for (int j : teachers) {
+      student_active[i] = !attended[i].empty();
+      for (int j : attended[i]) {
         teacher_active[j] = true;
-        attended_by[j].push_back(i);
+        attending[j].push_back(i);
       }
-      students_of[std::move(teachers)].push_back(i);
     }
-    for (auto& [teachers, students] : students_of) student.push_back(group(students, teachers));
+    for (const auto& [teachers, students] : groups_of_equal(attended)) student.push_back(group(students, teachers));
     if (!with_teacher) return;
-    std::map<std::vector<int>, std::vector<int>> teachers_of;
-    for (int j = 0; j < n; ++j)
-      if (teacher_active[j]) teachers_of[attended_by[j]].push_back(j);
-    for (auto& [students, teachers] : teachers_of) teacher.push_back(group(students, teachers));
+    for (const auto& [students, teachers] : groups_of_equal(attending)) teacher.push_back(group(students, teachers));
   }
 
  private:

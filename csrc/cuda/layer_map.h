@@ -1,9 +1,9 @@
 // The layer map as dense blocks.
 #pragma once
 
-#include <map>
 #include <vector>
 
+#include "../groups.h"
 #include "problem.h"
 
 namespace alp::cuda {
@@ -18,24 +18,15 @@ struct LayerMap {
 
   LayerMap(int m, int n, const std::vector<int64_t>& counts, const std::vector<int64_t>& layers,
            const std::vector<double>& omega) {
-    std::map<std::vector<int>, std::vector<int>> students_of;  // set of teachers → students
+    const std::vector<std::vector<int>> attended_by_student = attended_layers(n, counts, layers, omega);
     std::vector<int> slot(n, -1);
-    size_t next = 0;
-    for (int i = 0; i < m; ++i) {
-      std::vector<int> attended;
-      if (counts.empty())
-        for (int j = 0; j < n; ++j) attended.push_back(j);
-      else
-        for (int64_t k = 0; k < counts[i]; ++k) attended.push_back(int(layers[next++]));
-      if (omega[i] == 0) continue;
+    for (const auto& attended : attended_by_student)
       for (int j : attended) slot[j] = 0;
-      students_of[std::move(attended)].push_back(i);
-    }
     for (int j = 0; j < n; ++j)
       if (slot[j] == 0) slot[j] = ns++, teachers.push_back(j);
     for (int j = 0; j < n; ++j)
       if (slot[j] < 0) teachers.push_back(j);
-    for (auto& [attended, members] : students_of) {
+    for (const auto& [attended, members] : groups_of_equal(attended_by_student)) {
       groups.push_back({uint16_t(ms), uint16_t(members.size()), uint16_t(index.size()), uint16_t(attended.size())});
       for (int j : attended) index.push_back(uint16_t(slot[j]));
       for (int i : members) students.push_back(i);
