@@ -206,9 +206,25 @@ def alp_kernel(
         b_a = b_a / tl.where(m_i, tl.sum(b_a, 0), 1.0)[None, :]
         if DETAILS:
             b_shown = tl.where(mu != 0, b_a, 0.0)
+            if MAP:
+                b_shown = tl.where(m_allowed, b_shown, 0.0)
             b_entropy -= mu * tl.sum(b_shown * tl.log(tl.where(b_shown == 0, 1.0, b_shown)), 0)
             p_shown = p_attention + (o_i.to(tl.int64)[None, :] * rows + r) * n + o_j[:, None]
             tl.store(p_shown, b_shown, mask=m_j[:, None] & m_i[None, :])
+
+        if MAP:
+            # In the products below 0 * NaN would carry a layer that is not finite beyond the layers that the map
+            # joins it with. No z of such a layer is finite: the layer counts as zeros from here on. Lost is a student
+            # layer that is one or may attend to one, and every teacher layer that it may attend to: a lost student
+            # layer has no attention, and what is lost is set to NaN before pass 2.
+            m_finite = tl.abs(b_z) < float("inf")
+            m_s = m_s & (tl.max((m_finite & m_j[:, None]).to(tl.int32), 0) > 0)
+            m_t_finite = tl.max((m_finite & m_i[None, :]).to(tl.int32), 1) > 0
+            m_t = m_t & m_t_finite
+            m_s_lost = tl.max((m_allowed & ~m_finite).to(tl.int32), 0) > 0
+            m_t_lost = tl.max((m_allowed & m_s_lost[None, :]).to(tl.int32), 1) > 0
+            b_a = tl.where(m_s_lost[None, :], 0.0, b_a)
+            b_z = tl.where(m_finite, b_z, 0.0)
 
         # ---- the coefficients of e = β s − Σ_j A₁ t, ds = 2w (α s − Σ_j A₂ t), dt = Σ_i P s + Σ_k Q t
         b_inverse_s = tl.full((STUDENTS,), 1.0, ACC)
@@ -217,13 +233,18 @@ def alp_kernel(
         b_kappa = tl.full((STUDENTS,), 1.0, ACC)
         b_p = b_z
         if GRAM:
-            b_ga = tl.dot(tl.sum(b_g, 0), b_a, input_precision=PRECISION, out_dtype=ACC)  # (n, m) ⟨t_j, C_i⟩
+            b_g = tl.sum(b_g, 0)
+            if MAP:
+                b_g = tl.where(m_t_finite[:, None] & m_t_finite[None, :], b_g, 0.0)
+            b_ga = tl.dot(b_g, b_a, input_precision=PRECISION, out_dtype=ACC)  # (n, m) ⟨t_j, C_i⟩
             b_p = b_z - b_ga  # p_ij = ⟨e_i, t_j⟩
         if NORMALIZE:
             # With x̂ = x/‖x‖, cos = ⟨ŝ, Ĉ⟩: e = ŝ − Ĉ,  h_s = (cos ŝ − Ĉ)/‖s‖,  h_C = (ŝ − cos Ĉ)/‖C‖
             # (without the projection, e/ε, where a norm is below ε).
             b_cc = tl.sum(b_a * b_ga, 0)
             b_length_s = tl.sqrt(tl.sum(b_ss, 0))
+            if MAP:
+                b_length_s = tl.where(m_s_lost, 1.0, b_length_s)
             b_length_c = tl.sqrt(tl.where(b_cc < 0, 0.0, b_cc))
             b_inverse_s = 1 / tl.where(b_length_s < EPS, EPS, b_length_s)
             b_inverse_c = 1 / tl.where(b_length_c < EPS, EPS, b_length_c)
@@ -253,7 +274,14 @@ def alp_kernel(
             b_weighted = b_a * (b_w * b_kappa * b_inverse_c * b_inverse_c)[None, :]
             b_q = tl.dot(b_weighted, tl.trans(b_a), input_precision=PRECISION, out_dtype=ACC)
             b_p_high, b_p_low, b_p_factor = coefficients(tl.trans(-b_a2 * b_w[None, :]), SPLIT, OPERAND)
+            if MAP:
+                b_q = tl.where(m_t_lost[None, :], float("nan"), b_q)
             b_q_high, b_q_low, b_q_factor = coefficients(b_q, SPLIT, OPERAND)
+
+        if MAP:
+            b_w = tl.where(m_s_lost, float("nan"), b_w)
+            b_squares = tl.where(m_s_lost[None, None, :], float("nan"), b_squares)
+            b_d_scale = tl.where(m_s_lost, float("nan"), b_d_scale)
 
         # ---- pass 2: e and the gradients
         for start in tl.range(0, D, COLUMNS, loop_unroll_factor=UNROLL, num_stages=1):

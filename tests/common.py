@@ -33,6 +33,17 @@ def both_sides(m: int, n: int, lead, D: int, dtypes: str = "f32-f32", seed: int 
     )
 
 
+# A layer map and, per layer that is not finite, the student and the teacher layers that it may reach.
+REACH_MAP = [(0, 1), (1, 2), (3, 4)]
+REACH = {
+    ("teacher", 0): ([0], [0, 1]),
+    ("teacher", 1): ([0, 1], [0, 1, 2]),
+    ("teacher", 4): ([2], [3, 4]),
+    ("student", 0): ([0], [0, 1]),
+    ("student", 2): ([2], [3, 4]),
+}
+
+
 # ---- The truth: the formulas of the paper, row by row and layer by layer ------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import REACH, REACH_MAP
 from cuda_emulation import build
 
 from alpkd_fast import ops
@@ -234,6 +235,31 @@ def test_matrix_kernel_keeps_nan_where_it_is():
     assert spoilt["d_student[0]"][1].isnan().all()
     assert torch.equal(spoilt["d_student[0]"][2:], before["d_student[0]"][2:])
     assert torch.equal(spoilt["d_student[2]"], before["d_student[2]"])
+
+
+@pytest.mark.parametrize("kernel", ["alp_generic", "alp_matrix"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("layer", REACH, ids=lambda layer: "-".join(map(str, layer)))
+def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(kernel, layer, poison):
+    dtype = F32 if kernel == "alp_generic" else BF16
+    student, teacher = states(3, (4,), 64, dtype), states(5, (4,), 64, dtype, 1)
+    options = {"layer_map": REACH_MAP, "teacher_grad": kernel == "alp_generic"}
+    launched()
+    clean = evaluate(emulated, student, teacher, None, **options)
+    assert launched()[0] == kernel
+    side, k = layer
+    (student if side == "student" else teacher)[k][2, 5] = poison
+    got = evaluate(emulated, student, teacher, None, **options)
+    students, teachers = REACH[layer]
+    assert torch.equal(got["layer_losses"].isfinite(), torch.tensor([i not in students for i in range(3)]))
+    for name, value in got.items():
+        if not name.startswith("d_"):
+            continue
+        reached = [f"d_student[{i}]" for i in students] + [f"d_teacher[{j}]" for j in teachers]
+        if name in reached:
+            assert not value[2].isfinite().all(), f"{name} hides it"
+            value[2] = clean[name][2]
+        assert torch.equal(value, clean[name]), f"it reached {name}"
 
 
 # ---- Rows, weights and layers -------------------------------------------------------------------------

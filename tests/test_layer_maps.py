@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import assert_as_exact, both_sides
+from common import REACH, REACH_MAP, assert_as_exact, both_sides, evaluate
 
 from alpkd_fast import make_layer_map
 
@@ -118,6 +118,43 @@ def test_layers_outside_the_map_are_not_read(backend):
     assert bool(torch.isfinite(loss))
     assert bool((teacher[1].grad == 0).all())
     assert all(bool(torch.isfinite(s.grad).all()) for s in student)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "poison"),
+    [("f32-f32", "nan"), ("f32-f32", "inf"), ("bf16-bf16", "nan"), ("f16-f16", "-inf")],
+)
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"detach_attention": True}, {"scale": 0.0}], ids=str)
+@pytest.mark.parametrize("layer", REACH, ids=lambda layer: "-".join(map(str, layer)))
+def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(backend, layer, options, dtypes, poison):
+    student, teacher = both_sides(3, 5, (4,), 9, dtypes, device=backend.device)
+    options = {"layer_map": REACH_MAP, **options}
+    clean = evaluate(backend.details, student, teacher, **options)
+    side, k = layer
+    with torch.no_grad():
+        (student if side == "student" else teacher)[k][2, 5] = float(poison)
+    got = evaluate(backend.details, student, teacher, **options)
+    students, teachers = REACH[layer]
+    for name, reached in (("layer_losses", students), ("d_student", students), ("d_teacher", teachers)):
+        row = () if name == "layer_losses" else (2,)
+        for i, (value, before) in enumerate(zip(got[name], clean[name], strict=True)):
+            if i in reached:
+                assert not bool(torch.isfinite(value[row]).all()), f"{name}[{i}] hides it"
+                value[row] = before[row]
+            assert torch.equal(value, before), f"it reached {name}[{i}]"
+    others = torch.arange(4, device=backend.device) != 2
+    assert torch.equal(got["attention"][:, others], clean["attention"][:, others])
+    for i in {0, 1, 2} - set(students):
+        assert torch.equal(got["attention"][i], clean["attention"][i])
+        assert torch.equal(got["entropy"][i], clean["entropy"][i])
+
+
+def test_a_student_layer_that_is_not_finite_reaches_the_gradient_of_the_scale(backend):
+    student, teacher = both_sides(2, 4, (3,), 6, device=backend.device)
+    student[0].data[1, 2] = torch.nan
+    scale = torch.tensor(0.5, device=backend.device, requires_grad=True)
+    backend(student, teacher, layer_map=[(0, 1), (2, 3)], scale=scale).backward()
+    assert not bool(torch.isfinite(scale.grad))
 
 
 def test_one_hot_map_is_the_mean_square_error(backend):
