@@ -15,9 +15,9 @@ class Config:
     unroll: int  # blocks of columns whose loads are in flight together
     max_registers: int = 0  # per thread; 0: as many as the compiler likes
 
-    def arguments(self, target: str) -> dict[str, int]:
+    def arguments(self) -> dict[str, int]:
         """As keyword arguments of alp_kernel."""
-        limit = {"maxnreg": self.max_registers} if self.max_registers and target == "cuda" else {}
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
         return {"SPLIT": self.split, "WIDTH": self.width, "UNROLL": self.unroll, "num_warps": self.warps, **limit}
 
 
@@ -26,7 +26,8 @@ def padded(m: int, n: int, teacher_grads: bool) -> tuple[int, int]:
     return max(_power_of_2(m), 16 if teacher_grads else 8), max(_power_of_2(n), 16)
 
 
-def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: bool) -> Config:
+def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: bool, target: str) -> Config:
+    """The target is an architecture as NVIDIA counts, such as "90", or AMD's name for its own."""
     students, teachers = padded(m, n, teacher_grads)
     if teachers > 32 or students > 32:
         return Config(split=1, width=64 if operand_bytes == 2 else 32, warps=8, unroll=1)
@@ -34,14 +35,20 @@ def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: boo
     width = 64
     while width > 16 and (students + teachers) * width * operand_bytes > 4096:
         width //= 2
+    # Beside that much the compiler spills the parts of fp32 operands for sm_8x and sm_1xx, though not for sm_90, and
+    # the larger Gram matrices for sm_8x.
+    narrow = (operand_bytes > 2 and target[0] in "81") or (teachers > 16 and target[0] == "8")
+    if narrow:
+        width = max(width // 2, 16)
     split = 4
     # 768 columns are three blocks of 256, not one of 1024; short rows take narrower blocks.
     while width > 16 and split * width > _power_of_2(D):
         width //= 2
     blocks = -(-D // (split * width))
     # 168 registers a thread leave room for three programs on a multiprocessor; below three student layers the
-    # compiler needs a few more and would spill.
-    limit = 168 if teachers == 16 and students == 8 and m > 2 else 0
+    # compiler needs a few more and would spill. For sm_1xx it spills under the limit and stays below it without.
+    limited = target[0] in "89" and not narrow and teachers == 16 and students == 8 and m > 2
+    limit = 168 if limited else 0
     return Config(split, width, split, unroll=blocks if blocks <= 4 else 2, max_registers=limit)
 
 

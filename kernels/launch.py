@@ -162,7 +162,7 @@ def _run(s, t, ds, dt, weights, rows, numbers, table, normalize, detach, details
     if INTERPRETED.value and operand == torch.bfloat16:
         operand = acc  # the interpreter has no bf16 arithmetic
     student_bits, teacher_bits = _bits(ds), _bits(dt)
-    config = choose_config(m, n, D, operand.itemsize, teacher_bits != 0)
+    config = choose_config(m, n, D, operand.itemsize, teacher_bits != 0, _target())
     students, teachers = padded(m, n, teacher_bits != 0)
     programs = min(rows, _programs(device))
     empty = s[0].new_empty
@@ -171,7 +171,7 @@ def _run(s, t, ds, dt, weights, rows, numbers, table, normalize, detach, details
     grads = [d for d in (*ds, *dt) if d is not None]
     alignment = math.gcd(16, *(d.data_ptr() for d in grads), *(D * d.element_size() for d in grads))
     map_words = None if table is None else _map_words(table, n)
-    kernel, launch_parameters = alp_kernel, config.arguments(_target() if not INTERPRETED.value else "cpu")
+    kernel, launch_parameters = alp_kernel, config.arguments()
     if os.environ.get("ALPKD_FAST_AUTOTUNE") == "1" and not INTERPRETED.value:
         from .tune import tuned_kernel
 
@@ -326,13 +326,14 @@ def _two_floats(x: float) -> tuple[float, float]:
 
 def _precision(operand: torch.dtype) -> str:
     """Of products of fp32 matrices: three tf32 products are as good as one in fp32."""
-    if INTERPRETED.value or operand == torch.float64 or _target() == "hip":
+    if INTERPRETED.value or operand == torch.float64 or _target().startswith("gfx"):
         return "ieee"
     return "tf32" if operand == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _target() -> str:
-    return triton.runtime.driver.active.get_current_target().backend
+    """An NVIDIA architecture such as "90", or an AMD one such as "gfx942"; the interpreter stands in for "90"."""
+    return "90" if INTERPRETED.value else str(triton.runtime.driver.active.get_current_target().arch)
 
 
 def _programs(device: torch.device) -> int:
