@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
+from ..backends.triton import most_layers
 from .cubin import Report, inspect_cubin, inspect_gcn
 
 BUDGET = Path(__file__).with_name("budget.json")
+# Bytes of shared memory that a program can have.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -71,6 +74,8 @@ OTHERS = [
     Variant(12, 4, 1000, "bf16-bf16"),
     Variant(12, 4, 312, "f32-f32"),
     Variant(24, 12, 1024, "f32-f32"),
+    Variant(64, 32, 768, "bf16-bf16"),
+    Variant(64, 32, 768, "f32-f32", options={"teacher_grad": True}),
     Variant(128, 64, 768, "bf16-bf16"),
     Variant(128, 64, 768, "f32-f32", options={"teacher_grad": True}),
 ]
@@ -94,6 +99,8 @@ class Compiled:
 
     def problems(self, budget: dict[str, dict[str, int]]) -> list[str]:
         r = self.report
+        if r.shared_bytes > SHARED[self.target]:
+            return [f"{self.key}: {r.shared_bytes} B of shared memory, the card has {SHARED[self.target]}"]
         measured = {"spilled_bytes": r.spilled_bytes, "local_accesses": r.local_accesses,
                     "narrow_loads": r.narrow_loads}  # fmt: skip
         if self.strict:
@@ -210,19 +217,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only the speed table's variants, for sm_90")
     parser.add_argument("--all", action="store_true", help="every variant for every target")
-    parser.add_argument("--target", action="append", help="sm_80, sm_90, sm_100, gfx942; may be repeated")
+    parser.add_argument("--target", action="append", choices=SHARED, help="may be repeated")
     parser.add_argument("--match", default="", help="only variants whose name contains this")
     parser.add_argument("--shrink", action="store_true", help="write budget.json: add new entries, lower old ones")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing is compiled under the interpreter; unset it")
-    default = ["sm_90"] if options.table or not options.all else ["sm_80", "sm_90", "sm_100", "gfx942"]
+    default = ["sm_90"] if options.table or not options.all else list(SHARED)
     variants = [v for v in (TABLE if options.table else TABLE + OTHERS) if options.match in v.name]
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     problems, figures = [], []
     for index, (name, target) in enumerate(targets(options.target or default).items()):
         for variant in variants:
+            most_m, most_n = most_layers(SHARED[name])
+            if variant.m > most_m or variant.n > most_n:
+                print(
+                    f"{name} {variant.name}: refused by the backend, over {most_m} student or {most_n} teacher layers"
+                )
+                continue
             start = time.perf_counter()
             try:
                 compiled = compile_variant(variant, name, target, index)

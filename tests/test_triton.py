@@ -113,6 +113,13 @@ def test_too_many_layers_are_refused(m, n):
         alp_loss(student, teacher, backend="triton")
 
 
+def test_a_card_with_little_shared_memory_takes_fewer_layers():
+    from alpkd_fast.backends.triton import most_layers
+
+    assert most_layers(227 * 1024) == (64, 128)
+    assert most_layers(163 * 1024) == (32, 64)
+
+
 def check(*arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "alpkd_fast.kernels.check", *arguments]
@@ -128,6 +135,13 @@ def test_ahead_of_time_check_of_a_kernel_of_the_speed_table(tmp_path):
     assert any(name.startswith("HMMA") for name in kernel["matrix"])
 
 
+def test_ahead_of_time_check_leaves_out_what_the_backend_refuses():
+    done = check("--all", "--target", "sm_80", "--match", "n128-m64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("refused by the backend") == 2
+    assert "0 kernels, 0 problems" in done.stdout
+
+
 def test_ahead_of_time_check_fails_where_the_budget_is_exceeded():
     from alpkd_fast.kernels.check import OTHERS, TABLE, Compiled
     from alpkd_fast.kernels.cubin import Report
@@ -139,5 +153,7 @@ def test_ahead_of_time_check_fails_where_the_budget_is_exceeded():
     ]  # fmt: skip
     other = Compiled(OTHERS[0], "alp_kernel", "sm_90", spilling)
     assert "no entry" in other.problems({})[0]
+    large = Compiled(TABLE[0], "alp_kernel", "sm_80", Report(255, 0, 0, 192 * 1024, {}, {}, 100))
+    assert "196608 B of shared memory, the card has 166912" in large.problems({})[0]
     budget = {other.key: {"spilled_bytes": 8, "local_accesses": 1, "narrow_loads": 1}}
     assert [p.split(": ")[1] for p in other.problems(budget)] == ["2 local_accesses, allowed are 1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,7 +16,6 @@ from ..problem import Problem
 
 NAME = "triton"
 OLDEST = (3, 6)
-MAX_STUDENT_LAYERS, MAX_TEACHER_LAYERS = 64, 128  # what fits a program's registers and shared memory
 
 
 def unavailable() -> str | None:
@@ -35,17 +35,32 @@ def cannot_run(problem: Problem) -> str | None:
     if device != "cuda" and not (device == "cpu" and _interpreted()):
         return f'it takes CUDA tensors, the hidden states are on {device}; use backend="auto" or .to("cuda")'
     m, n = len(problem.student), len(problem.teacher)
-    if m > MAX_STUDENT_LAYERS or n > MAX_TEACHER_LAYERS:
+    most_m, most_n = most_layers(_shared_bytes(problem.student[0].device))
+    if m > most_m or n > most_n:
         return (
-            f"it takes at most {MAX_STUDENT_LAYERS} student and {MAX_TEACHER_LAYERS} teacher layers, got {m} and {n}; "
+            f"it takes at most {most_m} student and {most_n} teacher layers on this device, got {m} and {n}; "
             'use backend="auto"'
         )
     return None
 
 
+def most_layers(shared_bytes: int) -> tuple[int, int]:
+    """Student and teacher layers that fit the registers and the shared memory of a program."""
+    return (64, 128) if shared_bytes >= 192 * 1024 else (32, 64)
+
+
 def run(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, layer_losses, attention and entropy of the problem."""
     return ops.fused_loss("triton", problem)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program can have; the interpreter, on the CPU, sets no limit."""
+    if device.type == "cpu":
+        return sys.maxsize
+    # ROCm's properties lack the number; it is 64 KiB there.
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024))
 
 
 @cache
