@@ -32,11 +32,11 @@ def keep_freed_memory() -> None:
 
 
 def map_large_tensors() -> None:
-    """Make glibc map every tensor of a MiB or more apart, so that a peak of memory holds no freed one."""
+    """Make glibc map every tensor of 64 KiB or more apart, so that a peak of memory holds no freed one."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_mmap_threshold = -3
-        libc.mallopt(m_mmap_threshold, 1 << 20)
+        libc.mallopt(m_mmap_threshold, 64 << 10)
 
 
 def cache_bytes(device: torch.device) -> int:

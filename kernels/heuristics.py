@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+
+OLDER_COMPILER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -36,8 +40,10 @@ def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: boo
     while width > 16 and (students + teachers) * width * operand_bytes > 4096:
         width //= 2
     # Beside that much the compiler spills the parts of fp32 operands for sm_8x and sm_1xx, though not for sm_90, and
-    # the larger Gram matrices for sm_8x.
-    narrow = (operand_bytes > 2 and target[0] in "81") or (teachers > 16 and target[0] == "8")
+    # the larger Gram matrices for sm_8x; that of an older Triton does for all.
+    narrow = (operand_bytes > 2 and (OLDER_COMPILER or target[0] in "81")) or (
+        teachers > 16 and (OLDER_COMPILER or target[0] == "8")
+    )
     if narrow:
         width = max(width // 2, 16)
     split = 4
@@ -46,8 +52,9 @@ def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: boo
         width //= 2
     blocks = -(-D // (split * width))
     # 168 registers a thread leave room for three programs on a multiprocessor; below three student layers the
-    # compiler needs a few more and would spill. For sm_1xx it spills under the limit and stays below it without.
-    limited = target[0] in "89" and not narrow and teachers == 16 and students == 8 and m > 2
+    # compiler needs a few more and would spill. For sm_1xx, as an older Triton for all, it spills under the limit and
+    # stays below it without.
+    limited = not OLDER_COMPILER and target[0] in "89" and not narrow and teachers == 16 and students == 8 and m > 2
     limit = 168 if limited else 0
     return Config(split, width, split, unroll=blocks if blocks <= 4 else 2, max_registers=limit)
 
