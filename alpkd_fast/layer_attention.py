@@ -29,7 +29,8 @@ def layer_attention(
 
     queries: m tensors (R, D) in the compute dtype, zero where ``counted`` is False.
     teacher: n tensors (R, D) of any dtype; rows where ``counted`` (R,) is False are not read into any result.
-    allowed: (m, n) bool, the layer map; None = all.
+    allowed: (m, n) bool, the layer map; None = all. What is not finite in a layer reaches only the layers that the
+        map joins it with.
     detach_attention: no gradient through the attention; the scale's is 0.
     """
     if detach_attention:
@@ -59,18 +60,21 @@ class _LayerAttention(torch.autograd.Function):
         for rows in _blocks(queries[0]):
             t = _gather(teacher, rows, attention.dtype, counted)  # (b, n, D)
             z = scale * torch.bmm(_gather(queries, rows, attention.dtype), t.mT)  # (b, m, n)
-            a = torch.softmax(z if allowed is None else z.masked_fill(~allowed, -torch.inf), -1)
+            if allowed is None:
+                a = torch.softmax(z, -1)
+            else:
+                a, t = _masked_softmax(z, allowed), _finite(t)
             attention[rows] = a
             _scatter(torch.bmm(a, t), combined, rows)
         ctx.mark_non_differentiable(attention)
         ctx.m, ctx.detach_attention = m, detach_attention
         ctx.scale = None if isinstance(scale, Tensor) else scale
-        ctx.save_for_backward(scale if isinstance(scale, Tensor) else None, counted, attention, *layers)
+        ctx.save_for_backward(scale if isinstance(scale, Tensor) else None, allowed, counted, attention, *layers)
         return *combined, attention
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, counted, attention, *layers = ctx.saved_tensors
+        scale, allowed, counted, attention, *layers = ctx.saved_tensors
         scale = ctx.scale if scale is None else scale
         queries, teacher = layers[: ctx.m], layers[ctx.m :]
         wants_scale, *wanted = ctx.needs_input_grad[4:]
@@ -79,17 +83,24 @@ class _LayerAttention(torch.autograd.Function):
         d_scale = attention.new_zeros(()) if wants_scale else None
         for rows in _blocks(queries[0]):
             t, g = _gather(teacher, rows, attention.dtype, counted), _gather(grads[:-1], rows, attention.dtype)
+            if allowed is not None:
+                t, g = _finite(t), _finite(g)
             a = attention[rows]
             ap = a * torch.bmm(g, t.mT)
             dz = ap - a * ap.sum(-1, keepdim=True)  # (b, m, n), the gradient of the scores
+            if allowed is not None:
+                dz = dz.masked_fill(~allowed, 0.0)
             if wants_queries:
                 _scatter(torch.bmm(scale * dz, t), d_layers[: ctx.m], rows)
+            q = _gather(queries, rows, attention.dtype)
+            if allowed is not None:
+                q = _finite(q)
             if d_scale is not None and not ctx.detach_attention:
-                d_scale = d_scale + (dz * torch.bmm(_gather(queries, rows, attention.dtype), t.mT)).sum()
+                d_scale = d_scale + (dz * torch.bmm(q, t.mT)).sum()
             if wants_teacher:
                 d_t = torch.bmm(a.mT, g)  # (b, n, D)
                 if not ctx.detach_attention:
-                    d_t = d_t + torch.bmm(scale * dz.mT, _gather(queries, rows, attention.dtype))
+                    d_t = d_t + torch.bmm(scale * dz.mT, q)
                 _scatter(d_t, d_layers[ctx.m :], rows)
         gradients = [d for d in (d_scale, *d_layers) if d is not None]
         if torch.is_grad_enabled():  # create_graph=True
@@ -109,6 +120,20 @@ def _gather(layers: Sequence[Tensor], rows: slice, dtype: torch.dtype, counted: 
     """(b, layers, D), with zeros in rows that do not count."""
     block = torch.stack([h[rows] for h in layers], 1).to(dtype)
     return block if counted is None else torch.where(counted[rows, None, None], block, 0.0)
+
+
+def _masked_softmax(z: Tensor, allowed: Tensor) -> Tensor:
+    """The attention (b, m, n) over the layers that the map allows: 0 elsewhere, NaN in a row whose scores are not all
+    finite, as they are where a layer is not."""
+    lost = (allowed & ~z.isfinite()).any(-1, keepdim=True)
+    a = torch.softmax(z.masked_fill(~allowed, -torch.inf), -1)
+    return torch.where(lost, torch.nan, a).masked_fill(~allowed, 0.0)
+
+
+def _finite(block: Tensor) -> Tensor:
+    """The block with zeros for what is not finite: 0 * NaN would carry it beyond the map. The attention, which is NaN
+    for what such a layer may reach, tells of it."""
+    return torch.where(block.isfinite(), block, 0.0)
 
 
 def _scatter(block: Tensor, layers: Sequence[Tensor | None], rows: slice) -> None:

@@ -156,10 +156,14 @@ def step(rows: list[Row]) -> Figure | None:
     pairs = steps.pairs(rows, "step-")
     if not pairs:
         return None
-    cases = list(dict.fromkeys(pair.row.case for pair in pairs))
+
+    def label(pair: steps.Added) -> str:
+        return f"{pair.row.case}\n{pair.sequences} seq."
+
+    cases = list(dict.fromkeys(label(pair) for pair in pairs))
     names = {"KD": "base", "KD + eager ALP": "eager", "KD + fused ALP": "ours"}
     figure, ax = plt.subplots(figsize=(7.6, 1.2 + 0.75 * len(cases)), layout="constrained")
-    found = {(pair.row.case, pair.row.provider): pair for pair in pairs}
+    found = {(label(pair), pair.row.provider): pair for pair in pairs}
     series = {color: [found[case, name].row.median_s for case in cases] for name, color in names.items()}
     bars(ax, cases, series, "")
     for name, drawn in zip(names, ax.containers, strict=True):

@@ -23,8 +23,8 @@ FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever co
 
 
 LEVELS = {"quick": (0.5, 3), "default": (1.0, 3), "full": (3.0, 9)}  # seconds and least rounds of each provider
-# Forms that a CPU takes so long for, and that are so far from the best, that only larger runs time them.
-LEFT_OUT = {"quick": ("broadcast", "pairs"), "default": ("pairs",), "full": ()}
+# Forms that take so long, and are so far from the best, that only a full run times them.
+LEFT_OUT = {"quick": ("broadcast", "pairs"), "default": ("broadcast", "pairs"), "full": ()}
 
 
 @dataclass

@@ -58,12 +58,12 @@ class Added:
 
 
 def pairs(rows: Sequence[Row], prefix: str) -> list[Added]:
-    """Every step of the cases with this prefix, with the first of its case, which has no loss."""
+    """Every step of the cases with this prefix, with the first of its case and size, which has no loss."""
     some = [row for row in rows if row.suite == "step" and row.case.startswith(prefix)]
-    bases: dict[str, Row] = {}
+    bases: dict[tuple[str, int], Row] = {}
     for row in some:
-        bases.setdefault(row.case, row)
-    return [Added(row, bases[row.case]) for row in some]
+        bases.setdefault((row.case, row.rows), row)
+    return [Added(row, bases[row.case, row.rows]) for row in some]
 
 
 def step_table(rows: Sequence[Row]) -> str:

@@ -17,6 +17,7 @@ from .chain import chain_runs
 from .peaks import Peak, peaks
 from .providers import einsum
 from .runner import Session
+from .steps import MEMORY_SEQUENCES
 
 capture = pytest.importorskip("alpkd_fast.capture", reason="alpkd_fast.capture is not there yet")
 
@@ -130,7 +131,8 @@ def test_step(m, pooling, record, done):
     batch = 4 if record.device.type == "cpu" and record.level != "full" else 32
     case = Case(f"step-{m}-{pooling}", n=TEACHER_LAYERS, m=m, D=WIDTH, batch=batch, seq=SEQ, pooling=pooling)
     dtype = "fp32" if record.device.type == "cpu" else "bf16"
-    found = peaks(warm_training_steps, case, record.device)
+    # With fewer sequences the peak is in the optimizer's step, whatever the loss takes.
+    found = peaks(warm_training_steps, case, record.device) if batch >= MEMORY_SEQUENCES else {}
     add_rows(record, case, dtype, training_steps(case, record.device), 9 if record.level == "full" else 4, found)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import both_sides, evaluate, hidden_states
+from common import REACH, REACH_MAP, both_sides, evaluate, hidden_states
 
 from alpkd_fast import alp_loss, layer_attention, projection
 from alpkd_fast.problem import make_problem
@@ -60,6 +60,36 @@ def test_both_forms_give_the_same(fused, per_layer, lead, monkeypatch):
         values.append(evaluate(fused.details, student, teacher, mask, **options))
     for name, value in values[0].items():
         torch.testing.assert_close(values[1][name], value, rtol=1e-10, atol=1e-13, msg=lambda m, name=name: name + m)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("layer", REACH, ids=lambda layer: "-".join(map(str, layer)))
+@pytest.mark.parametrize("query_side", [False, True], ids=["teacher-side", "query-side"])
+def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(
+    fused, query_side, layer, poison, monkeypatch
+):
+    """With one W for each student layer, so that no W is joined with all layers."""
+    monkeypatch.setattr(projection, "query_side_pays", lambda *_: query_side)
+    student, _ = both_sides(3, 5, (4,), 5, device=fused.device)
+    teacher = hidden_states(5, (4,), 7, seed=3, device=fused.device)
+    weight = hidden_states(1, (3, 5), 7, seed=4, device=fused.device)[0]
+    options = {"proj_weight": weight, "layer_map": REACH_MAP}
+    clean = evaluate(fused.details, student, teacher, **options)
+    side, k = layer
+    with torch.no_grad():
+        (student if side == "student" else teacher)[k][2, 3] = poison
+    got = evaluate(fused.details, student, teacher, **options)
+    students, teachers = REACH[layer]
+    for name, reached in (("layer_losses", students), ("d_student", students), ("d_teacher", teachers)):
+        row = () if name == "layer_losses" else (2,)
+        for i, (value, before) in enumerate(zip(got[name], clean[name], strict=True)):
+            if i in reached:
+                assert not bool(torch.isfinite(value[row]).all()), f"{name}[{i}] hides it"
+                value[row] = before[row]
+            assert torch.equal(value, before), f"it reached {name}[{i}]"
+    for i, (value, before) in enumerate(zip(got["d_proj_weight"][0], clean["d_proj_weight"][0], strict=True)):
+        assert bool(torch.isfinite(value).all()) == (i not in students)
+        assert i in students or torch.equal(value, before)
 
 
 def test_the_query_side_makes_nothing_of_the_teachers_size(monkeypatch):

@@ -503,8 +503,8 @@ class RowKernel {
     char* sequence = layer.grad + r * p.seq * bytes;
     if (active && p.pooling == Pooling::mean) return spread(sequence, type, pooled, position);
     const int64_t keep = active ? position - r * p.seq : p.seq;
-    zero(sequence, keep * bytes);
-    if (active) zero(sequence + (keep + 1) * bytes, (p.seq - keep - 1) * bytes);
+    zero_gradient(sequence, keep * bytes);
+    if (active) zero_gradient(sequence + (keep + 1) * bytes, (p.seq - keep - 1) * bytes);
   }
 
   void spread(char* sequence, Dtype type, const A* pooled, int64_t position) {
@@ -513,7 +513,7 @@ class RowKernel {
       const double weight_k = row_weight(p, position + k);
       char* row = sequence + k * bytes;
       if (weight_k == 0) {
-        zero(row, bytes);
+        zero_gradient(row, bytes);
         continue;
       }
       const A share = A(weight_k / mean_total);
@@ -531,10 +531,15 @@ class RowKernel {
   }
   void skip_layer(const Layer& layer, Dtype type, int64_t r) {
     const int64_t bytes = p.seq * p.D * dtype_size(type);
-    if (layer.grad != nullptr) zero(layer.grad + r * bytes, bytes);
+    if (layer.grad != nullptr) zero_gradient(layer.grad + r * bytes, bytes);
   }
   void zero_attention(int i, int64_t r) {
     zero(static_cast<char*>(p.attention) + (i * p.rows + r) * p.n * sizeof(A), p.n * sizeof(A));
+  }
+  // Past the caches like the other gradients, where these go past them.
+  void zero_gradient(char* at, int64_t bytes) const {
+    if (!p.stream) return zero(at, bytes);
+    for (int64_t k = 0; k < bytes; k += ALP_VECTOR_BYTES) stream(at + k, Vec<float>{});
   }
   static void zero(char* at, int64_t bytes) { __builtin_memset(at, 0, bytes); }
 };
