@@ -175,7 +175,7 @@ def step(rows: list[Row]) -> Figure | None:
             labels = [f"{text} (line {p.time_line})" for text, p in zip(labels, shares, strict=True)]
         ax.bar_label(drawn, labels, padding=3, fontsize=8)
     ax.set_xlabel("time of a training step (s), and what the loss adds to it")
-    ax.margins(x=0.75)
+    ax.margins(x=0.9)
     figure.legend(ax.containers, names, loc="outside lower center", ncols=3)
     return figure
 
