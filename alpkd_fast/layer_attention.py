@@ -92,15 +92,17 @@ class _LayerAttention(torch.autograd.Function):
                 dz = dz.masked_fill(~allowed, 0.0)
             if wants_queries:
                 _scatter(torch.bmm(scale * dz, t), d_layers[: ctx.m], rows)
-            q = _gather(queries, rows, attention.dtype)
-            if allowed is not None:
-                q = _finite(q)
-            if d_scale is not None and not ctx.detach_attention:
-                d_scale = d_scale + (dz * torch.bmm(q, t.mT)).sum()
             if wants_teacher:
                 d_t = torch.bmm(a.mT, g)  # (b, n, D)
-                if not ctx.detach_attention:
+            if (wants_scale or wants_teacher) and not ctx.detach_attention:
+                q = _gather(queries, rows, attention.dtype)
+                if allowed is not None:
+                    q = _finite(q)
+                if d_scale is not None:
+                    d_scale = d_scale + (dz * torch.bmm(q, t.mT)).sum()
+                if wants_teacher:
                     d_t = d_t + torch.bmm(scale * dz.mT, q)
+            if wants_teacher:
                 _scatter(d_t, d_layers[ctx.m :], rows)
         gradients = [d for d in (d_scale, *d_layers) if d is not None]
         if torch.is_grad_enabled():  # create_graph=True

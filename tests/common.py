@@ -151,6 +151,18 @@ def evaluate(call, student, teacher, mask=None, *, grad: float = 1.0, **options)
     return {name: value.detach() for name, value in values.items()}
 
 
+def assert_reaches(layer, got: dict[str, Tensor], clean: dict[str, Tensor], row: int) -> None:
+    """Assert that what is not finite in the row of a layer of REACH is in the results it may reach, and in no other."""
+    students, teachers = REACH[layer]
+    for name, reached in (("layer_losses", students), ("d_student", students), ("d_teacher", teachers)):
+        place = () if name == "layer_losses" else (row,)
+        for i, (value, before) in enumerate(zip(got[name], clean[name], strict=True)):
+            if i in reached:
+                assert not bool(torch.isfinite(value[place]).all()), f"{name}[{i}] hides it"
+                value[place] = before[place]
+            assert torch.equal(value, before), f"it reached {name}[{i}]"
+
+
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.requires_grad)
 
