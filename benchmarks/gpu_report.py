@@ -115,7 +115,7 @@ def small_cases() -> None:
         (0.5 * loss).backward()
 
     bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    for dtype in (bf16, f16):
+    for dtype in (bf16, f16, f32):
         for m, n, D in ((6, 12, 768), (1, 1, 32), (12, 24, 1024), (16, 32, 4096), (2, 20, 64)):
             run(m, n, (3, 200), D, dtype)
             run(m, n, (8, 3), D, dtype, pooling="cls")

@@ -39,7 +39,9 @@ run_tests() {
   backends=$("$python" -c 'import alpkd_fast; print(",".join(k for k, v in alpkd_fast.backends().items()
     if v is None and k in ("cuda", "triton")))') || return
   [ -n "$backends" ] || { echo "no GPU backend is usable: run the stage build first"; return 1; }
-  "$python" -m pytest tests --backends "$backends" --ignore tests/test_cuda_emulated.py --junitxml "$out/test.xml" -q
+  local jobs=() # most of the time goes to Triton's compiler: side by side where pytest-xdist is installed
+  "$python" -c 'import xdist' 2>/dev/null && jobs=(-n "$(nproc)")
+  "$python" -m pytest tests "${jobs[@]}" --backends "$backends" --ignore tests/test_cuda_emulated.py --junitxml "$out/test.xml" -q
 }
 
 sanitize() {
@@ -51,7 +53,7 @@ sanitize() {
   for tool in memcheck racecheck; do
     # Without torch's caching allocator every tensor has bounds of its own.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --kernel-name regex:alp_ "$python" benchmarks/gpu_report.py small-cases || failed=1
+      --kernel-name regex=alp_ "$python" benchmarks/gpu_report.py small-cases || failed=1
   done
   return $failed
 }

@@ -196,10 +196,12 @@ def check_all(
 
 
 def forms_to_compile(session: Session, case: Case, mode: str, forms: list[Provider]) -> list[tuple[str, str | None]]:
-    """Forms and compile modes. A full run compiles every form; a default run bmm, to save time."""
+    """Forms and compile modes. A full run compiles every form; a default run those that may be the best, to save time:
+    bmm on a CPU, bmm and einsum on a GPU."""
     if session.level != "full":
         wanted = session.level == "default" and mode != "forward" and case.pooling == "token" and not case.teacher_dim
-        return [(form.name, None) for form in forms if form.name == "bmm" and wanted]
+        likely = ("bmm",) if session.device.type == "cpu" else ("bmm", "einsum")
+        return [(form.name, None) for form in forms if form.name in likely and wanted]
     modes: list[str | None] = [None]
     if session.device.type == "cuda":
         modes.append("max-autotune-no-cudagraphs")  # graphs would copy the rotated inputs; [CLS] has its own

@@ -30,9 +30,11 @@ def least_level(case: str, dtype: str, mode: str) -> str:
     elif case.startswith("bert-base"):
         in_default = dtype != "fp16" and (mode == BOTH or (case, dtype) == ("bert-base-6", "fp32"))
     elif case in CLS:
-        in_default = dtype == "fp32" and mode == BOTH and case in ("cls-6", "cls-6-dense", "cls-6-pkd")
+        in_default = mode == BOTH and case in ("cls-6", "cls-6-dense", "cls-6-pkd") and dtype == "fp32"
+        in_default |= mode == BOTH and case == "cls-6" and dtype == "bf16" and ON_GPU
     else:
-        in_default = mode == BOTH and dtype == ("bf16" if case == "decoder-16" else "fp32") and case != "bert-large-6"
+        large = ("decoder-16", "bert-large-12") if ON_GPU else ("decoder-16",)  # the sizes of the speed table
+        in_default = mode == BOTH and dtype == ("bf16" if case in large else "fp32") and case != "bert-large-6"
     return "default" if in_default else "full"
 
 

@@ -39,24 +39,28 @@ def choose_config(m: int, n: int, D: int, operand_bytes: int, teacher_grads: boo
     width = 64
     while width > 16 and (students + teachers) * width * operand_bytes > 4096:
         width //= 2
-    # Beside that much the compiler spills the parts of fp32 operands for sm_8x and sm_1xx, though not for sm_90, and
-    # the larger Gram matrices for sm_8x; that of an older Triton does for all.
-    narrow = (operand_bytes > 2 and (OLDER_COMPILER or target[0] in "81")) or (
-        teachers > 16 and (OLDER_COMPILER or target[0] == "8")
-    )
-    if narrow:
-        width = max(width // 2, 16)
-    split = 4
+    small = teachers == 16 and students == 8
+    if target == "90":  # measured on an H100
+        split, limit = 2 if small and operand_bytes == 2 else 4, 0
+    else:
+        # Beside that much the compiler spills the parts of fp32 operands for sm_8x and sm_1xx, and the larger Gram
+        # matrices for sm_8x; that of an older Triton does for all.
+        narrow = (operand_bytes > 2 and (OLDER_COMPILER or target[0] in "81")) or (
+            teachers > 16 and (OLDER_COMPILER or target[0] == "8")
+        )
+        if narrow:
+            width = max(width // 2, 16)
+        # 168 registers a thread leave room for three programs on a multiprocessor; below three student layers the
+        # compiler needs a few more and would spill. For sm_1xx, as an older Triton for all, it spills under the limit
+        # and stays below it without.
+        split, limit = 4, 168 if not OLDER_COMPILER and target[0] == "8" and not narrow and small and m > 2 else 0
     # 768 columns are three blocks of 256, not one of 1024; short rows take narrower blocks.
     while width > 16 and split * width > _power_of_2(D):
         width //= 2
     blocks = -(-D // (split * width))
-    # 168 registers a thread leave room for three programs on a multiprocessor; below three student layers the
-    # compiler needs a few more and would spill. For sm_1xx, as an older Triton for all, it spills under the limit and
-    # stays below it without.
-    limited = not OLDER_COMPILER and target[0] in "89" and not narrow and teachers == 16 and students == 8 and m > 2
-    limit = 168 if limited else 0
-    return Config(split, width, split, unroll=blocks if blocks <= 4 else 2, max_registers=limit)
+    all_blocks = blocks if blocks <= 4 else 2
+    unroll = all_blocks if target != "90" else 2 if split == 2 and m > 4 else 1
+    return Config(split, width, split, unroll, max_registers=limit)
 
 
 def _power_of_2(x: int) -> int:

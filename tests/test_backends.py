@@ -12,6 +12,7 @@ import torch
 from common import both_sides
 
 import alpkd_fast
+from alpkd_fast.backends import REGISTRY, choose
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(alpkd_fast.__file__).parent
@@ -84,11 +85,31 @@ def test_backends_tells_which_are_usable():
         assert reason is None or len(reason) > 10, f"{name} is unusable without a reason"
 
 
-def test_auto_takes_the_first_that_can_run():
+def test_auto_takes_the_cpu_backend_here():
     student, teacher = both_sides(2, 3, (4,), 5)
     usable = "cpu" if alpkd_fast.backends()["cpu"] is None else "reference"
     got = alpkd_fast.alp_loss(student, teacher)
     assert torch.equal(got, alpkd_fast.alp_loss(student, teacher, backend=usable))
+
+
+@pytest.mark.parametrize(
+    ("usable", "slow", "chosen"),
+    [
+        ("cuda triton", "", "cuda"),
+        ("cuda triton", "cuda", "triton"),
+        ("cuda", "cuda", "cuda"),
+        ("triton", "", "triton"),
+    ],
+)
+def test_auto_takes_the_fastest_on_a_gpu(monkeypatch, usable, slow, chosen):
+    """Where CUDA's kernel for a problem measured slower than Triton's, Triton comes first, but the reference never."""
+    for name, backend in REGISTRY.items():
+        monkeypatch.setattr(backend, "unavailable", lambda name=name: None if name in usable else "it is not here")
+        monkeypatch.setattr(backend, "cannot_run", lambda problem: None)
+        monkeypatch.setattr(backend, "measured_slow", lambda problem, name=name: name in slow)
+    monkeypatch.setattr(REGISTRY["reference"], "unavailable", lambda: None)
+    assert chosen == choose("auto", None).NAME
+    assert choose("cuda" if "cuda" in usable else "triton", None).NAME in usable  # an explicit name wins
 
 
 def test_environment_replaces_auto_only(monkeypatch):

@@ -12,6 +12,7 @@ from common import REACH, REACH_MAP
 from cuda_emulation import build
 
 from alpkd_fast import ops
+from alpkd_fast.backends import cuda
 from alpkd_fast.problem import make_problem
 from alpkd_fast.reference import reference_loss
 
@@ -139,12 +140,14 @@ def test_shapes(m, n, D, options):
     check(states(m, (2,), D, F32), states(n, (2,), D, F32, 1), None, **options)
 
 
-# ---- The matrix kernel: bf16 and fp16 rows at 16-byte steps -------------------------------------------
+# ---- The kernels that take whole rows at 16-byte steps: alp_matrix for bf16 and fp16, alp_vector for fp32 ----
 
-# Emulated devices with ever less shared memory: teams of 1, 2, 4 and 8 warps; rows in parts, from the last on.
-DEVICES = {"roomy": "0", "20KiB": "1", "14KiB": "2", "10KiB": "3"}
-DEVICES_OF_MANY_LAYERS = {"roomy": "0", "20KiB": "4", "14KiB": "5", "10KiB": "1"}
-MATRIX_WEIGHTS = torch.tensor([0, 1, 0.5, 2, 0, 1, 1, 0.25, 1, 0, 1, 3, 1])
+# Emulated devices with ever less shared memory: teams of 1, 2 and 4 warps, with 4 a row in parts. Those of capability 8
+# copy 16 bytes at a time.
+DEVICES = {"roomy": "0", "20KiB": "1", "14KiB": "2", "10KiB": "3", "sm_80": "6", "sm_80-14KiB": "7"}
+DEVICES_OF_MANY_LAYERS = {"roomy": "0", "20KiB": "4", "14KiB": "5", "10KiB": "1", "sm_80": "6", "sm_80-14KiB": "8"}
+KERNEL_OF = {F32: "alp_vector", BF16: "alp_matrix", F16: "alp_matrix"}
+ROW_WEIGHTS = torch.tensor([0, 1, 0.5, 2, 0, 1, 1, 0.25, 1, 0, 1, 3, 1])
 
 
 def launched() -> list[str]:
@@ -158,11 +161,21 @@ def test_matrix_kernel(monkeypatch, device, dtype, m, n):
     monkeypatch.setenv("ALPKD_EMULATION_DEVICE", (DEVICES_OF_MANY_LAYERS if n > 16 else DEVICES)[device])
     D = 32 if n > 16 and device != "roomy" else 96
     launched()
-    check(states(m, (13,), D, dtype), states(n, (13,), D, dtype, 1), MATRIX_WEIGHTS, teacher_grad=False)
+    check(states(m, (13,), D, dtype), states(n, (13,), D, dtype, 1), ROW_WEIGHTS, teacher_grad=False)
     assert launched() == ["alp_matrix", "alp_scale_gradients"]  # one launch forward, one backward
 
 
-MATRIX_OPTIONS = {
+@pytest.mark.parametrize("device", ["roomy", "20KiB", "14KiB", "sm_80"])
+@pytest.mark.parametrize(("m", "n", "D"), [(6, 12, 132), (4, 12, 160), (2, 7, 96), (1, 1, 4), (5, 9, 64), (7, 3, 132)])
+def test_vector_kernel(monkeypatch, device, m, n, D):
+    """Tiles of 2, 3 and 4 student layers, some with empty places; threads with two vectors, one and none."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES[device])
+    launched()
+    check(states(m, (13,), D, F32), states(n, (13,), D, F32, 1), ROW_WEIGHTS, teacher_grad=False)
+    assert launched() == ["alp_vector", "alp_scale_gradients"]
+
+
+ROW_OPTIONS = {
     "cls": {"pooling": "cls"}, "last": {"pooling": "last"}, "detach": {"detach_attention": True},
     "no-overlap": {"layer_map": "no-overlap"}, "skip": {"layer_map": "skip"}, "average": {"scale": 0.0},
     "learned-scale": {"scale": torch.tensor(0.3)}, "layer-weights": {"layer_weights": (0.0, 2.0, 0.5)},
@@ -171,13 +184,36 @@ MATRIX_OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", KERNEL_OF, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("device", ["roomy", "14KiB"])
-@pytest.mark.parametrize("name", MATRIX_OPTIONS)
-def test_matrix_kernel_options(monkeypatch, device, name):
+@pytest.mark.parametrize("name", ROW_OPTIONS)
+def test_options_of_the_kernels_that_take_rows(monkeypatch, device, name, dtype):
     monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES[device])
     launched()
-    check(states(3, (3, 5), 64, BF16), states(7, (3, 5), 64, BF16, 1), MASK, teacher_grad=False, **MATRIX_OPTIONS[name])
-    assert launched()[0] == "alp_matrix"
+    check(states(3, (3, 5), 64, dtype), states(7, (3, 5), 64, dtype, 1), MASK, teacher_grad=False, **ROW_OPTIONS[name])
+    assert launched()[0] == KERNEL_OF[dtype]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "D", "dtypes", "options"),
+    [
+        (6, 12, 768, (BF16, BF16), {}), (6, 12, 768, (F32, F32), {}), (6, 12, 766, (F32, F32), {}),
+        (6, 12, 760, (F16, F16), {}), (6, 12, 768, (F32, BF16), {}), (6, 12, 768, (F64, F64), {}),
+        (6, 12, 64, (BF16, BF16), {"normalize": True}), (6, 12, 64, (F32, F32), {"pooling": "mean"}),
+        (6, 12, 64, (F32, F32), {"pooling": "cls"}), (6, 12, 64, (BF16, BF16), {"teacher_grad": True}),
+        (17, 20, 32, (BF16, BF16), {}), (6, 33, 32, (BF16, BF16), {}), (4, 36, 32, (BF16, BF16), {"layer_map": "skip"}),
+        (6, 36, 32, (BF16, BF16), {"layer_map": "skip"}), (16, 32, 1536, (F32, F32), {}),
+    ],
+)  # fmt: skip
+def test_dispatch_knows_which_problems_have_a_kernel(monkeypatch, m, n, D, dtypes, options):
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 232448)
+    student = [h.requires_grad_() for h in states(m, (1, 2), D, dtypes[0])]
+    teacher = [h.requires_grad_("teacher_grad" in options) for h in states(n, (1, 2), D, dtypes[1], 1)]
+    given = {name: value for name, value in options.items() if name != "teacher_grad"}
+    problem = make_problem(student, teacher, None, **{**DEFAULTS, **given})
+    launched()
+    emulated(problem)
+    assert cuda.has_kernel_for(problem) == (launched()[0] != "alp_generic")
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
@@ -187,21 +223,22 @@ def test_matrix_kernel_takes_rows_in_parts(monkeypatch, order):
     monkeypatch.setenv("ALPKD_EMULATION_ORDER", order)
     launched()
     for D in (512, 1056):
-        check(states(6, (5,), D, BF16), states(12, (5,), D, BF16, 1), MATRIX_WEIGHTS[:5], teacher_grad=False)
+        check(states(6, (5,), D, BF16), states(12, (5,), D, BF16, 1), ROW_WEIGHTS[:5], teacher_grad=False)
     assert launched()[::2] == ["alp_matrix"] * 2
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_matrix_kernel_order_of_warps_does_not_matter(monkeypatch, order, device):
+@pytest.mark.parametrize("device", ["roomy", "20KiB", "14KiB", "sm_80"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["f32", "f16"])
+def test_order_of_warps_does_not_matter_where_they_take_rows(monkeypatch, order, device, dtype):
     monkeypatch.setenv("ALPKD_EMULATION_ORDER", order)
     monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES[device])
-    student, teacher = states(6, (13,), 64, F16), states(12, (13,), 64, F16, 1)
+    student, teacher = states(6, (13,), 64, dtype), states(12, (13,), 64, dtype, 1)
     options = {"layer_map": "all", "scale": torch.tensor(0.3), "teacher_grad": False}
-    first = evaluate(emulated, student, teacher, MATRIX_WEIGHTS, **options)
-    for name, value in evaluate(emulated, student, teacher, MATRIX_WEIGHTS, **options).items():
+    first = evaluate(emulated, student, teacher, ROW_WEIGHTS, **options)
+    for name, value in evaluate(emulated, student, teacher, ROW_WEIGHTS, **options).items():
         assert torch.equal(value, first[name]), name
-    check(student, teacher, MATRIX_WEIGHTS, **options)
+    check(student, teacher, ROW_WEIGHTS, **options)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
@@ -217,31 +254,32 @@ def test_matrix_kernel_close_to_the_teacher(dtype):
     torch.testing.assert_close(ours["loss"].double(), truth["loss"], rtol=2 * 2.0**-17 / 0.01, atol=0)
 
 
-def test_matrix_kernel_keeps_nan_where_it_is():
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_rows_keep_nan_where_it_is(dtype):
     """NaN in rows and layers that are not read changes nothing; a row that is read spoils its own gradients only."""
-    student, teacher = states(3, (13,), 64, BF16), states(7, (13,), 64, BF16, 1)
+    student, teacher = states(3, (13,), 64, dtype), states(7, (13,), 64, dtype, 1)
     options = {"layer_map": [[0, 1], [2], [3, 4]], "layer_weights": (1.0, 0.0, 1.0), "teacher_grad": False}
-    before = evaluate(emulated, student, teacher, MATRIX_WEIGHTS, **options)
+    before = evaluate(emulated, student, teacher, ROW_WEIGHTS, **options)
     for h in (*student, *teacher):
-        h[MATRIX_WEIGHTS == 0] = torch.nan
+        h[ROW_WEIGHTS == 0] = torch.nan
     for h in (student[1], teacher[2], teacher[5]):
         h.fill_(torch.nan)
-    after = evaluate(emulated, student, teacher, MATRIX_WEIGHTS, **options)
+    after = evaluate(emulated, student, teacher, ROW_WEIGHTS, **options)
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
     teacher[0][1] = torch.nan
-    spoilt = evaluate(emulated, student, teacher, MATRIX_WEIGHTS, **options)
+    spoilt = evaluate(emulated, student, teacher, ROW_WEIGHTS, **options)
     assert spoilt["loss"].isnan()
     assert spoilt["d_student[0]"][1].isnan().all()
     assert torch.equal(spoilt["d_student[0]"][2:], before["d_student[0]"][2:])
     assert torch.equal(spoilt["d_student[2]"], before["d_student[2]"])
 
 
-@pytest.mark.parametrize("kernel", ["alp_generic", "alp_matrix"])
+@pytest.mark.parametrize("kernel", ["alp_generic", "alp_matrix", "alp_vector"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("layer", REACH, ids=lambda layer: "-".join(map(str, layer)))
 def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(kernel, layer, poison):
-    dtype = F32 if kernel == "alp_generic" else BF16
+    dtype = BF16 if kernel == "alp_matrix" else F32
     student, teacher = states(3, (4,), 64, dtype), states(5, (4,), 64, dtype, 1)
     options = {"layer_map": REACH_MAP, "teacher_grad": kernel == "alp_generic"}
     launched()

@@ -15,6 +15,7 @@
 #include "layer_map.h"
 #include "matrix_kernel.cuh"
 #include "scale_kernel.cuh"
+#include "vector_kernel.cuh"
 #include "weights_kernel.cuh"
 
 namespace alp::cuda {
@@ -83,7 +84,8 @@ struct Plan {
   void (*kernel)(const P);
   int threads, columns;
   int64_t shared, scratch;
-  int team = 1, stages = 1;  // of the matrix kernel
+  int team = 1, stages = 1;      // of the kernels that take whole rows
+  int pairs_m = 0, pairs_n = 0;  // of the vector kernel
 };
 
 template <class A, class P>
@@ -125,48 +127,65 @@ bool rows_aligned(const std::vector<Layer>& layers) {
   return true;
 }
 
-// The matrix kernel where it takes the problem: 16-bit rows of one dtype at 16-byte steps, D a multiple of 32, up
-// to 16 student and 32 teacher layers to a group, and no option that needs more than student gradients.
+struct Largest {
+  int m, n;
+};
+// Layers of the largest groups.
+Largest largest_group(const LayerMap& map) {
+  Largest most{1, 1};
+  for (const Group& g : map.groups) most.m = std::max<int>(most.m, g.m), most.n = std::max<int>(most.n, g.n);
+  return most;
+}
+
+// What both kernels that take whole rows ask of a problem: rows of one dtype at 16-byte steps, and no option that
+// needs more than student gradients.
+template <class P>
+bool takes_rows(const P& p, const Call& call) {
+  const char* forced = std::getenv("ALPKD_FAST_CUDA_KERNEL");
+  if (forced != nullptr && std::string(forced) == "generic") return false;
+  return p.teacher_dtype == p.student_dtype && !p.normalize && !p.teacher_grad && p.weights.pooling != Pooling::mean &&
+         rows_aligned(call.students.layers) && rows_aligned(call.teachers.layers);
+}
+
+template <class P>
+bool few_rows(const Device& device, const P& p) {
+  return p.weights.rows <= 2 * int64_t(device.multiprocessors);
+}
+
+// For bf16 and fp16: D a multiple of 32, up to 16 student and 32 teacher layers to a group.
 template <class P>
 std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call& call) {
-  const char* forced = std::getenv("ALPKD_FAST_CUDA_KERNEL");
-  if (forced != nullptr && std::string(forced) == "generic") return std::nullopt;
   const int64_t D = p.weights.D;
-  const bool narrow = p.student_dtype == Dtype::bf16 || p.student_dtype == Dtype::f16;
-  if (!narrow || p.teacher_dtype != p.student_dtype || p.normalize || p.teacher_grad || D % kUnit != 0 ||
-      p.weights.pooling == Pooling::mean || !rows_aligned(call.students.layers) || !rows_aligned(call.teachers.layers))
-    return std::nullopt;
-  const std::vector<Group>& groups = call.map.groups;
-  int most_m = 1, most_n = 1;
-  for (const Group& g : groups) most_m = std::max<int>(most_m, g.m), most_n = std::max<int>(most_n, g.n);
-  if (most_m > 16 || most_n > 32 || groups.size() > 4) return std::nullopt;
-  const int kM = (most_m + 7) / 8, kN = (most_n + 15) / 16, most_warps = matrix_warps(kM, kN);
+  const Largest most = largest_group(call.map);
+  const size_t groups = call.map.groups.size();
+  if (D % kUnit != 0 || most.m > 16 || most.n > 32 || groups > 4) return std::nullopt;
+  const int kM = (most.m + 7) / 8, kN = (most.n + 15) / 16, most_warps = matrix_warps(kM, kN);
+  const int64_t scratch = matrix_scratch(kM, kN);
   auto bytes = [&](int64_t columns, int warps, int team, int stages) {
-    return MatrixLayout(p.ms, p.ns, int(columns), warps, team, stages, kM, kN).bytes;
+    return RowLayout(p.ms, p.ns, int(columns), 2, warps, team, stages, scratch).bytes;
   };
 
   int teams = most_warps;  // of one warp
   while (teams > 0 && bytes(D, teams, 1, 1) > device.shared_bytes) --teams;
   int team, warps, stages = 1;
   int64_t columns = D;
-  const bool few_rows = p.weights.rows <= 2 * int64_t(device.multiprocessors);
-  if (few_rows && bytes(D, 8, 8, 1) <= device.shared_bytes) {
+  if (few_rows(device, p) && bytes(D, 8, 8, 1) <= device.shared_bytes) {
     team = warps = 8;  // one row after the other, as quickly as a multiprocessor can
   } else if (teams >= 2) {
-    // Enough teams that copies never stop, and at least 6 warps.
-    team = teams >= 6 ? 1 : teams >= 3 ? 2 : 4;
+    // Enough teams that copies never stop; fewer warps wait less for each other.
+    team = teams >= 8 ? 1 : 2;
     warps = most_warps / team * team;
-    while (bytes(D, warps, team, 1) > device.shared_bytes) warps -= team;
+    while (warps > 0 && bytes(D, warps, team, 1) > device.shared_bytes) warps -= team;
     if (warps == 0) return std::nullopt;
   } else {
-    if (groups.size() > 1) return std::nullopt;
-    team = warps = 8;
+    if (groups > 1) return std::nullopt;
+    team = warps = 4;
     stages = 2;
     int64_t parts = 2;
     auto columns_of = [&] { return ((D + parts - 1) / parts + kUnit - 1) / kUnit * kUnit; };
-    while (columns_of() > kUnit && bytes(columns_of(), 8, 8, 2) > device.shared_bytes) ++parts;
+    while (columns_of() > kUnit && bytes(columns_of(), warps, team, stages) > device.shared_bytes) ++parts;
     columns = columns_of();
-    if (bytes(columns, 8, 8, 2) > device.shared_bytes) return std::nullopt;
+    if (bytes(columns, warps, team, stages) > device.shared_bytes) return std::nullopt;
   }
   return Plan<P>{"alp_matrix",
                  p.student_dtype == Dtype::bf16 ? matrix_entry<P, true>(kM, kN) : matrix_entry<P, false>(kM, kN),
@@ -178,12 +197,54 @@ std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call&
                  stages};
 }
 
+// For fp32, where a row fits in shared memory.
+template <class P>
+std::optional<Plan<P>> plan_vector(const Device& device, const P& p, const Call& call) {
+  const int64_t D = p.weights.D, vectors = D / 4;
+  const Largest most = largest_group(call.map);
+  // The tile of student layers that leaves the fewest empty.
+  const int students = most.m % 4 == 0 ? 4 : most.m <= 2 ? 2 : most.m % 3 == 0 || most.m == 5 ? 3 : 4;
+  auto padded = [](int layers, int tile) { return (layers + tile - 1) / tile * tile; };
+  const int pairs_m = padded(most.m, students), pairs_n = padded(most.n, kTeachers);
+  auto bytes = [&](int warps, int team) {
+    return RowLayout(p.ms, p.ns, int(D), 4, warps, team, 1, vector_scratch(pairs_m, pairs_n)).bytes;
+  };
+  int team = 0, warps = 0;
+  double best = 0;
+  for (int size : {1, 2, 3, 4, 6, 8}) {
+    const int64_t turns = (vectors + size * kWarpSize - 1) / (size * kWarpSize);
+    for (int teams = few_rows(device, p) ? 1 : kVectorWarps / size; teams > 0; --teams) {
+      if (bytes(teams * size, size) > device.shared_bytes) continue;
+      // Threads that have work; of two alike the one with more rows at a time
+      const double busy = double(vectors) / double(turns) * teams;
+      if (busy > 1.01 * best) best = busy, team = size, warps = teams * size;
+      break;
+    }
+  }
+  if (warps == 0) return std::nullopt;
+  using Entry = void (*)(const P);
+  const Entry entry = students == 2   ? Entry(&alp_vector<2, P>)
+                      : students == 3 ? Entry(&alp_vector<3, P>)
+                                      : Entry(&alp_vector<4, P>);
+  return Plan<P>{"alp_vector", entry, warps * kWarpSize, int(D), bytes(warps, team), 0, team, 1, pairs_m, pairs_n};
+}
+
+// The kernel that is made for the problem, if there is one.
+template <class P>
+std::optional<Plan<P>> plan_rows(const Device& device, const P& p, const Call& call) {
+  if (!takes_rows(p, call)) return std::nullopt;
+  if (p.student_dtype == Dtype::f64) return std::nullopt;
+  return p.student_dtype == Dtype::f32 ? plan_vector(device, p, call) : plan_matrix(device, p, call);
+}
+
 template <class P>
 void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan<P>& plan) {
   const LayerMap& map = call.map;
   p.columns = plan.columns;
   p.team = plan.team;
   p.stages = plan.stages;
+  p.pairs_m = plan.pairs_m;
+  p.pairs_n = plan.pairs_n;
   for (int i = 0; i < p.m; ++i) {
     p.layers[i] = call.students.layers[map.students[i]];
     p.omega[i] = call.omega[map.students[i]];
@@ -308,7 +369,7 @@ Outputs alp_cuda(Tensors student, Tensors teacher, std::optional<Tensor> row_wei
   auto run_as = [&]<class P>(P p) {
     describe(p);
     std::optional<Plan<P>> plan;
-    if constexpr (std::is_same_v<P, SmallProblem>) plan = plan_matrix(device, p, call);
+    if constexpr (std::is_same_v<P, SmallProblem>) plan = plan_rows(device, p, call);
     if (!plan)
       plan =
           f64 ? plan_generic<double, P>(device, map.ms, map.ns, D) : plan_generic<float, P>(device, map.ms, map.ns, D);

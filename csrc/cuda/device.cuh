@@ -84,17 +84,74 @@ ALP_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// Four 8×8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
-ALP_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
+// Whole layers at a time, in the background: what sm_90 adds. An arrival, in shared memory, counts the bytes that came;
+// it is awaited once per phase, in phases 0, 1, 0, ….
+using Arrival = uint64_t;
+#if __CUDA_ARCH__ >= 900
+ALP_DEVICE constexpr bool bulk_copies() { return true; }
+ALP_DEVICE void start_arrival(Arrival* at) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(at)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+ALP_DEVICE void expect_bytes(Arrival* at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes)
                : "memory");
 }
-ALP_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+ALP_DEVICE void copy_bulk(void* to, const void* from, int bytes, Arrival* at) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(at))
+               : "memory");
+}
+ALP_DEVICE void wait_arrival(Arrival* at, int phase) {
+  uint32_t arrived = 0;
+  while (arrived == 0)
+    asm volatile(
+        "{\n"
+        ".reg .pred arrived;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 arrived, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, arrived;\n"
+        "}"
+        : "=r"(arrived)
+        : "r"(shared_address(at)), "r"(phase)
+        : "memory");
+}
+// What this thread wrote to shared memory is there for copies that start behind the next barrier.
+ALP_DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+ALP_DEVICE void store_bulk(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until this thread's stores have read what they store.
+ALP_DEVICE void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+#else
+ALP_DEVICE constexpr bool bulk_copies() { return false; }
+ALP_DEVICE void start_arrival(Arrival*) {}
+ALP_DEVICE void expect_bytes(Arrival*, int) {}
+ALP_DEVICE void copy_bulk(void*, const void*, int, Arrival*) {}
+ALP_DEVICE void wait_arrival(Arrival*, int) {}
+ALP_DEVICE void fence_copies() {}
+ALP_DEVICE void store_bulk(void*, const void*, int) {}
+ALP_DEVICE void wait_stores() {}
+#endif
+
+// Where matrices are loaded from: a shared address, to which the instruction adds constants by itself.
+using SharedPointer = uint32_t;
+ALP_DEVICE SharedPointer shared_pointer(const void* at) { return shared_address(at); }
+
+// Four 8×8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+ALP_DEVICE void load_matrices(uint32_t (&out)[4], SharedPointer row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+ALP_DEVICE void load_matrices_transposed(uint32_t (&out)[4], SharedPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 

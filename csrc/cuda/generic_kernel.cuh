@@ -118,7 +118,8 @@ struct GenericKernel {
         through_attention(with_gradient && !p.detach && (c.scale != 0 || p.scale_grad)) {}
 
   __device__ void run() {
-    for (int k = thread; k < p.ms * p.ns; k += kGenericThreads) at.a[k] = at.c[k] = A(0);  // outside the layer map
+    for (int k = thread; k < p.ms * p.ns; k += kGenericThreads)
+      at.a[k] = A(-1), at.c[k] = A(0);  // outside the layer map
     for (int k = thread; k < 2 * p.ms + 1; k += kGenericThreads) at.totals[k] = 0;
     for (r = block_index(); r < p.weights.rows; r += grid_size()) {
       sync_block();
@@ -450,8 +451,9 @@ struct GenericKernel {
       for (int d = thread; d < count; d += kGenericThreads) {
         A gradient = A(0);
         for (int i = 0; i < p.ms; ++i) {
-          const A a = at.a[j * p.ms + i], c = through_attention ? A(constants.scale) * at.c[j * p.ms + i] : A(0);
-          if (a == A(0) && c == A(0)) continue;  // outside the layer map: whatever layer i holds
+          const A a = at.a[j * p.ms + i];
+          if (a < A(0)) continue;  // outside the layer map: whatever layer i holds
+          const A c = through_attention ? A(constants.scale) * at.c[j * p.ms + i] : A(0);
           gradient -= at.weight[i] * (a * at.h[i * pitch + d] + c * at.s[i * pitch + d]);
         }
         store_gradient(layer, p.teacher_dtype, int64_t(loaded) * p.columns + d, gradient);
@@ -506,7 +508,7 @@ __global__ void __launch_bounds__(kGenericThreads) alp_generic(const __grid_cons
   const Constants constants = find_constants(p, at.shared);
   GenericKernel<A, P>(p, constants, at).run();
   sync_block();
-  finish<A>(p, constants, reinterpret_cast<unsigned*>(at.shared));
+  finish<A>(p, constants, at.totals);
 }
 
 }  // namespace alp::cuda

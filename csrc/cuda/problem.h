@@ -53,8 +53,9 @@ struct Problem {
   unsigned* ticket;  // how many blocks have finished; 0 before and after
   char* scratch;     // (grid, scratch_bytes) for what shared memory does not hold, or null
   int64_t scratch_bytes;
-  int columns;       // of a row that shared memory holds at a time
-  int team, stages;  // matrix kernel: warps that share a row, and parts of rows in shared memory at a time
+  int columns;           // of a row that shared memory holds at a time
+  int team, stages;      // of whole rows: warps that share one, and parts of rows in shared memory at a time
+  int pairs_m, pairs_n;  // vector kernel: layers of the largest group, padded to whole tiles
 
   Layer layers[kLayers];       // m student layers, then n teacher layers, active ones first
   float omega[kLayers];        // of student slots

@@ -61,12 +61,14 @@ ALP_DEVICE Row find_row(const Weights& w, int64_t r) {
   if (w.pooling == Pooling::token || w.pooling == Pooling::cls) return {position_weight(w, first), 0, first};
   if (w.pooling == Pooling::last) {
     int64_t last = -1;
+#pragma unroll 1
     for (int64_t k = lane; k < w.seq; k += kWarpSize)
       if (position_weight(w, first + k) != 0) last = k;
     last = warp_max(last);
     return {last < 0 ? 0.0 : 1.0, 0, first + (last < 0 ? 0 : last)};
   }
   double total = 0;
+#pragma unroll 1
   for (int64_t k = lane; k < w.seq; k += kWarpSize) total += position_weight(w, first + k);
   total = warp_sum(total);
   return {total != 0 ? 1.0 : 0.0, total, first};
@@ -164,46 +166,49 @@ ALP_DEVICE const char* row_of(const Layer& layer, int64_t r) {
 // Zeros at any alignment, by the threads lane, lane + lanes, …
 ALP_DEVICE void zero_bytes(char* at, int64_t bytes, int lane, int lanes) {
   if ((reinterpret_cast<uintptr_t>(at) | uintptr_t(bytes)) % 16 == 0) {
+#pragma unroll 1
     for (int64_t k = lane; k < bytes / 16; k += lanes) store16_streaming(at + 16 * k, {0, 0, 0, 0});
   } else {
+#pragma unroll 1
     for (int64_t k = lane; k < bytes / 2; k += lanes) reinterpret_cast<uint16_t*>(at)[k] = 0;
   }
 }
 
 // Adds up the partial sums of all blocks, in the last one that gets here. Every block passes once, after a
-// barrier behind its partial sums; shared: one unsigned. Sums over blocks are in a fixed order.
+// barrier behind its partial sums; shared: 2ms + 1 doubles. Sums over blocks are in a fixed order.
 template <class A, class P>
-ALP_DEVICE void finish(const P& p, const Constants& c, unsigned* shared) {
-  if (thread_index() == 0) *shared = take_ticket(p.ticket, unsigned(grid_size()));
+ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
+  unsigned* const ticket = reinterpret_cast<unsigned*>(shared);
+  if (thread_index() == 0) *ticket = take_ticket(p.ticket, unsigned(grid_size()));
   sync_block();
-  if (*shared != unsigned(grid_size()) - 1) return;
+  const bool last = *ticket == unsigned(grid_size()) - 1;
+  sync_block();
+  if (!last) return;
   acquire();
   const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int pitch = 2 * p.m + 1;
-  double* totals = p.partials + int64_t(grid_size()) * pitch;  // (2m + 1)
-  for (int k = warp; k < pitch; k += warps) {
+  for (int k = warp; k < 2 * p.ms + 1; k += warps) {  // losses, entropies, the scale's gradient
+    const double* of_block = p.partials + (k < p.ms ? k : k < 2 * p.ms ? p.m + k - p.ms : 2 * p.m);
     double sum = 0;
-    for (int b = lane; b < grid_size(); b += kWarpSize) sum += load_uncached(p.partials + int64_t(b) * pitch + k);
+    for (int b = lane; b < grid_size(); b += kWarpSize) sum += load_uncached(of_block + int64_t(b) * pitch);
     sum = warp_sum(sum);
-    if (lane == 0) totals[k] = sum;
+    if (lane == 0) shared[k] = sum;
+  }
+  sync_block();
+  for (int i = thread_index(); i < p.m; i += block_size()) {
+    const bool counts = i < p.ms && c.total != 0;
+    const double share = counts ? double(p.omega[i]) * shared[i] / c.N : 0;
+    static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
+    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[p.original[i]] = A(counts ? shared[p.ms + i] / c.total : 0);
+    if (i < p.ms) shared[i] = share;
   }
   sync_block();
   if (thread_index() != 0) return;
-  for (int i = 0; i < p.m; ++i) {
-    static_cast<A*>(p.layer_losses)[i] = 0;
-    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[i] = 0;
-  }
   double loss = 0;
-  for (int i = 0; i < p.ms; ++i) {
-    const double share = c.total == 0 ? 0 : double(p.omega[i]) * totals[i] / c.N;
-    loss += share;
-    static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
-    if (p.entropy != nullptr)
-      static_cast<A*>(p.entropy)[p.original[i]] = A(c.total == 0 ? 0 : totals[p.m + i] / c.total);
-  }
+  for (int i = 0; i < p.ms; ++i) loss += shared[i];
   *static_cast<A*>(p.loss) = A(loss);
   *static_cast<A*>(p.grad_factor) = A(c.factor);
-  *static_cast<A*>(p.d_scale) = A(totals[2 * p.m] * c.factor);
+  *static_cast<A*>(p.d_scale) = A(shared[2 * p.ms] * c.factor);
 }
 
 }  // namespace alp::cuda

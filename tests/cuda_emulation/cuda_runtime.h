@@ -41,9 +41,10 @@ inline cudaError_t cudaGetDevice(int* device) {
   return *device = chosen == nullptr ? 0 : std::atoi(chosen), cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  constexpr int kShared[] = {232448, 20 << 10, 14 << 10, 10 << 10, 40 << 10, 28 << 10};
+  constexpr int kShared[] = {232448, 20 << 10, 14 << 10, 10 << 10, 40 << 10, 28 << 10, 232448, 14 << 10, 28 << 10};
+  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8};
   *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 0 ? 3 : 1)
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+           : attribute == cudaDevAttrComputeCapabilityMajor ? kMajor[device]
                                                             : kShared[device];
   return cudaSuccess;
 }

@@ -99,6 +99,66 @@ inline void wait_copies() {
     for (const auto& [to, from] : copies.groups.front()) std::memcpy(to, from, 16);
 }
 
+// Whole layers: like the copies above, as late as the program allows or at once.
+using Arrival = uint64_t;
+inline bool bulk_copies() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+inline void start_arrival(Arrival* at) { emulation::block().arrivals[at] = {}; }
+inline emulation::Arrivals& arrival_of(Arrival* at) {
+  const auto found = emulation::block().arrivals.find(at);
+  if (found == emulation::block().arrivals.end()) emulation::fail("an arrival was not started");
+  return found->second;
+}
+inline void expect_bytes(Arrival* at, int bytes) {
+  emulation::Arrivals& arrivals = arrival_of(at);
+  if (arrivals.expected) emulation::fail("an arrival is expected twice in a phase");
+  arrivals.expected = true;
+  arrivals.bytes += bytes;
+}
+inline void copy_now(const emulation::BulkCopy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
+inline void require_whole_vectors(const void* to, const void* from, int bytes) {
+  require_aligned(to, 16);
+  require_aligned(from, 16);
+  if (bytes % 16 != 0) emulation::fail("a copy is not of 16-byte steps");
+}
+inline void copy_bulk(void* to, const void* from, int bytes, Arrival* at) {
+  require_whole_vectors(to, from, bytes);
+  emulation::Arrivals& arrivals = arrival_of(at);
+  arrivals.bytes -= bytes;
+  if (emulation::scheduler().backward)
+    copy_now({to, from, bytes});
+  else
+    arrivals.copies.push_back({to, from, bytes});
+}
+inline void wait_arrival(Arrival* at, int phase) {
+  emulation::Arrivals& arrivals = arrival_of(at);
+  while (arrivals.phase % 2 == phase) {
+    if (arrivals.expected && arrivals.bytes == 0) {
+      for (const auto& copy : arrivals.copies) copy_now(copy);
+      arrivals = {false, 0, arrivals.phase + 1, {}};
+    } else {
+      emulation::leave();
+    }
+  }
+}
+inline void fence_copies() {}
+inline void store_bulk(void* to, const void* from, int bytes) {
+  require_whole_vectors(to, from, bytes);
+  if (emulation::scheduler().backward)
+    copy_now({to, from, bytes});
+  else
+    emulation::block().stores[emulation::current_thread()].push_back({to, from, bytes});
+}
+inline void wait_stores() {
+  auto& stores = emulation::block().stores[emulation::current_thread()];
+  for (const auto& store : stores) copy_now(store);
+  stores.clear();
+}
+
 // PTX ISA, "Warp-level matrix load instruction: ldmatrix": thread l receives, of every matrix, the elements
 // 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; with .trans of column l / 4.
 inline void load_rows(uint32_t (&out)[4], const void* row, bool transposed) {
@@ -118,8 +178,10 @@ inline void load_rows(uint32_t (&out)[4], const void* row, bool transposed) {
   }
   emulation::wait_for_warp();
 }
-inline void load_matrices(uint32_t (&out)[4], const void* row) { load_rows(out, row, false); }
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { load_rows(out, row, true); }
+using SharedPointer = const char*;
+inline SharedPointer shared_pointer(const char* at) { return at; }
+inline void load_matrices(uint32_t (&out)[4], SharedPointer row) { load_rows(out, row, false); }
+inline void load_matrices_transposed(uint32_t (&out)[4], SharedPointer row) { load_rows(out, row, true); }
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating-point type". With group = lane / 4, t = lane % 4:
 // element i of A (8 per thread) is row group + 8·(i / 2 % 2), column 2t + i % 2 + 8·(i / 4);

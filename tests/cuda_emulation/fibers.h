@@ -11,6 +11,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -44,8 +45,23 @@ struct Copies {
   std::deque<Group> groups;
 };
 
+// Whole layers that are on their way to shared memory, or from there.
+struct BulkCopy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+struct Arrivals {
+  bool expected = false;
+  int bytes = 0;  // that were announced and have not come
+  int phase = 0;
+  std::vector<BulkCopy> copies;
+};
+
 struct Block {
   Barrier barriers[16];
+  std::map<const void*, Arrivals> arrivals;     // by the address of the barrier in shared memory
+  std::map<int, std::vector<BulkCopy>> stores;  // by thread
   std::vector<Copies> copies;
   int index = 0, grid = 1, threads = 1;
   std::vector<char> shared;
@@ -153,6 +169,8 @@ inline void run(unsigned grid, unsigned threads, size_t shared_bytes, std::funct
     b.shared.assign(shared_bytes + 128, char(0xff));  // NaN in every dtype: what is read must have been written
     b.warps.assign(warps, Warp());
     b.copies.assign(threads, Copies());
+    b.arrivals.clear();
+    b.stores.clear();
     b.finished = 0;
     for (unsigned t = 0; t < threads; ++t) s.fibers[t]->started = s.fibers[t]->done = false;
     while (b.finished < b.threads)
