@@ -70,6 +70,7 @@ def session(request):
         measure.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._inductor.config.force_disable_caches = True  # so that compile times are those of a first call
+    torch._dynamo.config.recompile_limit = 64  # the forms of a case share one function
     stamp = Row(
         run=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command(config),

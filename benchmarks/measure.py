@@ -82,21 +82,21 @@ def take_turns(
     """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
 
     A run leaves the turns once it has used ``seconds`` and done ``rounds`` rounds. Fast runs make several calls a turn.
-    The first call of each run is a warm-up and not counted.
+    The first two calls of each run are a warm-up and not counted; the second tells how long one takes.
     """
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    calls, spent = dict.fromkeys(runs, 1), dict.fromkeys(runs, 0.0)
-    first = {name: wall_seconds(run, 0, device) for name, run in runs.items()}
+    calls, spent = dict.fromkeys(runs, 2), dict.fromkeys(runs, 0.0)
+    usual = {name: min(wall_seconds(run, k, device) for k in range(2)) for name, run in runs.items()}
     waiting = list(runs)
     while waiting:
         for name in waiting:
             start = time.perf_counter()
-            for _ in range(min(20, max(1, int(5e-3 / first[name])))):
+            for _ in range(min(20, max(1, int(5e-3 / usual[name])))):
                 wall = wall_seconds(runs[name], calls[name], device)
                 calls[name] += 1
                 times[name][1].append(wall)
                 if device.type == "cuda":
-                    times[name][0].append(gpu_seconds(runs[name], calls[name], 2 * first[name]))
+                    times[name][0].append(gpu_seconds(runs[name], calls[name], 2 * usual[name]))
                     calls[name] += 1
                 else:
                     times[name][0].append(wall)

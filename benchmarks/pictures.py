@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def floor(rows: list[Row]) -> Figure | None:
     ax.axvline(1, color=plt.rcParams["text.color"], linewidth=1)
     ax.set_xlabel("time / floor (1 = what the machine allows; smaller is better)")
     if len(backends) > 1:
-        ax.legend(handles=[c[0] for c in ax.containers], labels=backends, loc="lower right")
+        figure.legend(ax.containers, backends, loc="outside lower center", ncols=len(backends))
     return figure
 
 
@@ -109,18 +110,22 @@ def roofline(rows: list[Row]) -> Figure | None:
     for ax, dtype in zip(axes[0], dtypes, strict=True):
         here = [group for group in groups if group[0].dtype == dtype]
         example = next(row for group in here for row in group if row.peak)
-        intensities = np.geomspace(1, 64, 50)
+        # To where the roof is flat, so that its height can be written on it
+        end = max(64, 2 ** math.ceil(math.log2(2 * example.peak / example.bandwidth)))
+        intensities = np.geomspace(1, end, 50)
         memory, compute = example.bandwidth * intensities, np.full(50, example.peak)
         ax.plot(intensities, np.minimum(memory, compute) / 1e9, color=plt.rcParams["text.color"], linewidth=1.5)
         ax.text(1.7, example.bandwidth / 1e9, f"{example.bandwidth / 1e9:.0f} GB/s", fontsize=8)
-        ax.text(60, example.peak / 1e9 * 1.1, f"{example.peak / 1e9:.0f} Gop/s", ha="right", fontsize=8)
+        height = f"{example.peak / 1e9:.0f} Gop/s" if example.peak < 1e13 else f"{example.peak / 1e12:.0f} Top/s"
+        ax.text(end, example.peak / 1e9 * 1.1, height, ha="right", fontsize=8)
         for kind, name in NAMES.items():
             points = [row for group in here if (row := best(group, kind)) is not None]
             x = [row.operations / (row.bytes_read + row.bytes_written) for row in points]
             ax.scatter(x, [row.operations / row.median_s / 1e9 for row in points], s=34, marker=MARKS[kind],
                        color=COLORS[kind], label=name, zorder=3)  # fmt: skip
         ax.set(xscale="log", yscale="log", title=dtype, xlabel="operations per byte of the floor")
-        ax.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+        ticks = [2**k for k in range(end.bit_length())][:: 1 if end <= 128 else 2]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
     axes[0][0].set_ylabel("operations per second (Gop/s)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

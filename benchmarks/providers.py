@@ -173,7 +173,6 @@ def rivals(case: Case) -> list[Provider]:
 
 def compiled(case: Case, name: str, mode: str | None = None) -> Provider:
     """A rival under torch.compile; the first call compiles."""
-    torch._dynamo.reset()
     call = torch.compile(partial(_call, case, rival_forms(case)[name][1]), fullgraph=True, dynamic=False, mode=mode)
     return Provider(f"{name} + {mode or 'compile'}", "compiled", call)
 

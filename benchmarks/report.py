@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, default=sorted(results.RESULTS.glob("*.csv")))
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    rows = results.latest(results.read(options.files))
+    rows = [row for row in results.latest(results.read(options.files)) if row.suite != "launch"]  # of kernels alone
     if not rows:
         raise SystemExit("there are no results yet; run pytest benchmarks/ first")
     folder = options.out / "pictures"

@@ -150,6 +150,7 @@ def check_all(
     session: Session, case: Case, dtype: str, mode: str, inputs: list[Inputs]
 ) -> tuple[list[Candidate], list[Row]]:
     """The providers that are right on this input, and a row for each that cannot be timed."""
+    torch._dynamo.reset()  # what other cases compiled; not between the forms, which are timed together
     checker = Checker(case, DTYPES[dtype], inputs[0])
     right: list[Candidate] = []
     refused: list[Row] = []

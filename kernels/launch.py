@@ -190,7 +190,7 @@ def _run(s, t, ds, dt, weights, rows, numbers, table, normalize, detach, details
         STUDENT_GRADS=student_bits, TEACHER_GRADS=teacher_bits, SCALE_GRAD=scale_grad,
         MAP=map_words is not None, WEIGHTED_LAYERS=numbers.weighted, LARGEST_LAYER_WEIGHT=numbers.largest,
         MEAN=numbers.mean, NORMALIZE=normalize, DETACH=detach, DETAILS=details, WITHOUT_FACTOR=without_factor,
-        OPERAND=_TYPES[operand], ACC=_TYPES[acc], PRECISION=_precision(operand), WEIGHT_BLOCK=_WEIGHT_BLOCK,
+        OPERAND=_TYPES[operand], ACC=_TYPES[acc], PRECISION=_precision(operand), WEIGHT_BLOCK=256 * config.warps,
         **launch_parameters,
     )  # fmt: skip
     loss, losses, entropy = empty((), dtype=acc), empty((m,), dtype=acc), empty((m if details else 0,), dtype=acc)
