@@ -14,6 +14,8 @@ from torch import Tensor
 
 LayerTable = tuple[tuple[int, ...], ...]
 
+_WORD = 62  # layers that an integer holds as bits
+
 KINDS = ("all", "no-overlap", "partial-overlap", "prefix", "skip", "last", "random")
 
 
@@ -121,3 +123,16 @@ def _from_indices(layer_map: Sequence[Sequence[int]], m: int, n: int) -> LayerTa
                     f"0 to {n - 1}; None entries of the hidden states do not count"
                 )
     return tuple(tuple(sorted(set(layers))) for layers in rows)
+
+
+def allowed_on_device(table: LayerTable, n: int, device: torch.device) -> Tensor:
+    """The table as (m, n) bool, made on the device: a copy from the host would wait for it, and end the capture of a
+    CUDA graph."""
+    columns = torch.arange(n, device=device)
+    rows = [torch.zeros(n, dtype=torch.bool, device=device) for _ in table]
+    for i, layers in enumerate(table):
+        for start in range(0, n, _WORD):
+            word = sum(1 << (j - start) for j in layers if start <= j < start + _WORD)
+            bits = torch.bitwise_right_shift(word, (columns - start).clamp(0, _WORD - 1)) & 1
+            rows[i] |= (bits != 0) & (columns >= start) & (columns < start + _WORD)
+    return torch.stack(rows)

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from .backends import Backend
 from .backends.reference import check_problem
 from .layer_attention import layer_attention
+from .layer_maps import allowed_on_device
 from .problem import Layers, Problem, make_problem
 from .reference import loss_of_combined, pool_layers
 
@@ -55,9 +56,9 @@ def _with_teacher_layers(problem: Problem, read: list[int]) -> Problem:
 
 def _in_columns(attention: Tensor, layers: Sequence[int], n: int) -> Tensor:
     """The attention to some teacher layers among zeros for the others of n."""
-    full = attention.new_zeros(*attention.shape[:-1], n)
-    full[..., list(layers)] = attention
-    return full
+    columns = dict(zip(layers, attention.unbind(-1), strict=True))
+    zeros = torch.zeros_like(attention[..., 0])
+    return torch.stack([columns.get(j, zeros) for j in range(n)], -1)
 
 
 def _teacher_side(
@@ -167,10 +168,7 @@ def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None) -> LossPa
         teacher, _ = pool_layers(teacher, problem.row_weights, problem.pooling, dtype)
     elif problem.row_weights is not None:
         counted = (weights != 0).flatten()
-    allowed = None  # (m, n)
-    if problem.layer_map is not None:
-        table = [[j in layers for j in range(n)] for layers in problem.layer_map]
-        allowed = torch.tensor(table, device=weight.device)
+    allowed = None if problem.layer_map is None else allowed_on_device(problem.layer_map, n, weight.device)
     phi = _by_layer(weight, bias, m)
     queries = [s.reshape(-1, s.shape[-1]) @ W for s, (W, _) in zip(student, phi, strict=True)]  # m of (R, D_t)
     scale = problem.scale.to(dtype) if isinstance(problem.scale, Tensor) else problem.scale

@@ -5,6 +5,7 @@ import torch
 from common import REACH, REACH_MAP, assert_as_exact, assert_reaches, both_sides, evaluate
 
 from alpkd_fast import make_layer_map
+from alpkd_fast.layer_maps import allowed_on_device
 
 # (kind, m, n): one string per student layer, its teacher layers counted from 1 as in the paper.
 BY_HAND = {
@@ -141,6 +142,14 @@ def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(back
     for i in {0, 1, 2} - set(students):
         assert torch.equal(got["attention"][i], clean["attention"][i])
         assert torch.equal(got["entropy"][i], clean["entropy"][i])
+
+
+@pytest.mark.parametrize("n", [1, 62, 63, 130])
+def test_the_table_as_a_tensor(n):
+    """More layers than one word holds, at both of its ends."""
+    table = ((0,), tuple(range(n)), tuple(range(0, n, 3)), (n - 1,), (n // 2,))
+    want = torch.tensor([[j in layers for j in range(n)] for layers in table])
+    assert torch.equal(allowed_on_device(table, n, torch.device("cpu")), want)
 
 
 def test_a_student_layer_that_is_not_finite_reaches_the_gradient_of_the_scale(backend):

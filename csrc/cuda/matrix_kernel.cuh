@@ -1,23 +1,20 @@
 // The fast kernel for bf16 and fp16 rows: every row is read once, its products run on the matrix units.
 //
-// A team of warps takes one row: n teacher and m student layers lie side by side in shared memory, brought there
-// by asynchronous copies. Teams are independent of each other, so while one computes the others' copies are
-// under way. Two passes over the columns:
+// A team of warps (row_pipeline.cuh) goes over the columns of its row twice:
 //   1  z_ij = ⟨s_i, t_j⟩ and the Gram matrix G_jk = ⟨t_j, t_k⟩. Both operands are exact, sums are fp32.
 //   -  a_ij = softmax_j(τ z_ij); p_ij = ⟨e_i, t_j⟩ = z_ij − Σ_k a_ik G_kj; c_ij = a_ij (p_ij − Σ_j a_ij p_ij)
-//   2  C_i = Σ_j a_ij t_j and y_i = Σ_j c_ij t_j in one product whose 16 rows are 8 a and 8 c, each split in a
-//      high and a low part; e_i = s_i − C_i directly, never from G; ∂s_i = 2w (e_i − τ y_i), written over s_i
-//      and from there to memory 16 bytes at a time.
-// Where a row does not fit, it is taken in parts of its columns; those that are gone before pass 2 are read
-// again, from the L2 cache.
+//   2  e_i = s_i − Σ_j a_ij t_j, never from G, and f s_i − Σ_j b_ij t_j with b_ij = f (a_ij + τ c_ij), in one product
+//      whose 16 rows are 8 a and 8 b, each split in a high and a low part. With f = 2w the second is ∂s_i; it is
+//      written over s_i.
 //
 // On paper, for 12 teacher and 6 student layers of 768 bf16 columns, per row and multiprocessor (an H100 at its
 // data-sheet figures: 3.35 TB/s, 132 multiprocessors at 1.7 GHz, so 15 bytes a cycle each):
 //   memory         27 648 bytes in, 9 216 out                         2 460 cycles
-//   shared memory  27.6 KB in, 37 KB for pass 1, 37 + 28 KB for pass 2, at 128 bytes a cycle    1 000 cycles
+//   shared memory  27.6 KB in, 49 KB for pass 1, 28 + 9 KB for pass 2, at 128 bytes a cycle    900 cycles
 //   matrix units   48 × (3 + 4) mma.m16n8k16 of 2 048 multiply-adds, at 1 024 a cycle      670 cycles
-//   instructions   about 2 500, at 4 a cycle                            630 cycles
-// so memory is the bound as long as copies never stop: 7 teams of one warp hold 195 KB of rows.
+//   instructions   about 2 500 (13 for 32 columns in pass 1, 52 in pass 2), at 4 a cycle    630 cycles
+// so memory is the bound as long as copies never stop. Measured: 81 % of a copy's bandwidth. Shared memory holds 7 rows,
+// and the one or two warps of each wait for their own products.
 #pragma once
 
 #include "generic_kernel.cuh"
