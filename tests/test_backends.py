@@ -12,7 +12,8 @@ import torch
 from common import both_sides
 
 import alpkd_fast
-from alpkd_fast.backends import REGISTRY, choose
+from alpkd_fast.backends import REGISTRY, choose, cuda
+from alpkd_fast.problem import make_problem
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(alpkd_fast.__file__).parent
@@ -110,6 +111,29 @@ def test_auto_takes_the_fastest_on_a_gpu(monkeypatch, usable, slow, chosen):
     monkeypatch.setattr(REGISTRY["reference"], "unavailable", lambda: None)
     assert chosen == choose("auto", None).NAME
     assert choose("cuda" if "cuda" in usable else "triton", None).NAME in usable  # an explicit name wins
+
+
+@pytest.mark.parametrize(
+    ("options", "dtypes", "slow"),
+    [
+        ({}, "f32-f32", False),
+        ({"normalize": True}, "f32-f32", True),
+        ({"normalize": True}, "f64-f64", False),
+        ({"pooling": "mean"}, "bf16-bf16", True),
+        ({"pooling": "cls", "normalize": True}, "f32-f32", False),
+    ],
+    ids=str,
+)
+def test_cuda_is_slow_with_many_rows_for_its_generic_kernel(monkeypatch, options, dtypes, slow):
+    """[CLS] rows are few, whatever the sequences' length; a mean reads them all."""
+    monkeypatch.setattr(cuda, "FEW_ROWS", 7)
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 232448)
+    student, teacher = both_sides(2, 3, (2, 4), 32, dtypes)
+    defaults = {"pooling": "token", "layer_map": "all", "scale": None, "normalize": False, "detach_attention": True,
+                "layer_weights": None, "reduction": "mean", "normalizer": None, "details": False}  # fmt: skip
+    teacher = [h.detach() for h in teacher]
+    problem = make_problem(student, teacher, None, **(defaults | options), projected=False)
+    assert cuda.measured_slow(problem) == slow
 
 
 def test_environment_replaces_auto_only(monkeypatch):

@@ -44,8 +44,10 @@ def cannot_run(problem: Problem) -> str | None:
 
 
 def measured_slow(problem: Problem) -> bool:
-    """Its generic kernel takes several times as long as Triton's, but a single launch: few rows are quicker with it."""
-    return _rows(problem) > FEW_ROWS and not has_kernel_for(problem)
+    """Its generic kernel takes several times as long as Triton's, but a single launch: few rows are quicker with it.
+    Float64 was not measured."""
+    few = _rows_read(problem) <= FEW_ROWS
+    return not few and not has_kernel_for(problem) and problem.compute_dtype != torch.float64
 
 
 def has_kernel_for(problem: Problem) -> bool:
@@ -70,9 +72,10 @@ def has_kernel_for(problem: Problem) -> bool:
     )
 
 
-def _rows(problem: Problem) -> int:
+def _rows_read(problem: Problem) -> int:
+    """Of one layer: those of all tokens, or of one token to a sequence."""
     lead = problem.student[0].shape[:-1]
-    return math.prod(lead if problem.pooling == "token" else lead[:-1])
+    return math.prod(lead if problem.pooling in ("token", "mean") else lead[:-1])
 
 
 @cache
