@@ -222,8 +222,8 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
   Arithmetic: the operations of the formulas at the rate of a large matrix product in the dtype or in fp32,
   whichever is faster, measured in the same run.
 - *best rival*: the fastest right one of the eager forms, the public implementations' forms, and these under
-  torch.compile. A full run compiles every form; a default run bmm alone, and leaves out the slowest two forms, to save
-  time.
+  torch.compile. A full run compiles every form; a default run bmm alone (on a GPU einsum too), and leaves out the
+  slowest two forms, to save time.
 - Every version is checked against float64 on the benchmark's own input first. One that is wrong is not timed.
 - Versions take turns in one process. Inputs rotate, so that none is found in the last-level cache. Times are medians;
   warm-up and compile time are not in them.

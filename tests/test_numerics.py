@@ -19,8 +19,9 @@ def test_fp16_gradients_survive_a_loss_scale_of_65536_at_bert_size(backend):
         torch.float64, [s[head] for s in student], [t[head] for t in teacher], normalizer=float(rows), **options
     )["d_student"]
     error = (got["d_student"][:, head].double() - exact).abs()
-    # Two roundings to fp16, and matrix units that take the coefficients in two parts: 2**-22 of the largest.
-    assert bool((error <= 2 * 2**-11 * exact.abs() + 2**-24 + 2**-21 * exact.abs().max()).all()), error.max()
+    # Two roundings to fp16; on matrix units, which take the coefficients in two parts, 2**-21 of the largest beside.
+    parts = 2**-21 * exact.abs().max() if backend.name == "cuda" else 0.0
+    assert bool((error <= 2 * 2**-11 * exact.abs() + 2**-24 + parts).all()), error.max()
     assert (got["d_student"] == 0).float().mean() < 1e-3
     loss = in_dtype(torch.float32, student, teacher, layer_weights=[1 / 3, 1 / 3])["loss"]
     assert got["loss"].item() == pytest.approx(loss.item(), rel=1e-4)

@@ -260,7 +260,7 @@ void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan
 
   const int resident = resident_blocks(plan.name, plan.kernel, device, plan.threads, plan.shared);
   const int64_t grid = std::clamp<int64_t>(p.weights.rows, 1, int64_t(resident) * device.multiprocessors);
-  const int64_t sums = 2 * kWeightParts, partials = (grid + 1) * (2 * int64_t(p.m) + 1);
+  const int64_t sums = 2 * kWeightParts, partials = grid * (2 * int64_t(p.m) + 1);
   const int64_t doubles = 2 + sums + partials + grid * plan.scratch / 8;
   Tensor workspace = torch::stable::new_empty(call.first, std::vector<int64_t>{doubles}, ScalarType::Double);
   double* memory = pointer<double>(workspace);

@@ -294,6 +294,18 @@ struct MatrixKernel : RowPipeline<2, P> {
     float factor[kM], weight[kM];  // of the lane's row: f, and what makes the gradient of the sums
   };
 
+  // Σ_j x_ij y_ij over the lane's teachers
+  using Fragment = float[kN][kM][4];
+  __device__ float lane_product(const Group& g, const Fragment& x, const Fragment& y, int i, int half) const {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+#pragma unroll
+      for (int e = half; e < 4; e += 2)
+        if (fragment_row(j, e) < g.n) sum += x[j][i][e] * y[j][i][e];
+    return sum;
+  }
+
   // b_ij into scratch memory
   __device__ void differentiate_softmax(const Group& g, const Queued& row, bool varies, Operands& o) {
     float c[kN][kM][4] = {};
@@ -327,13 +339,7 @@ struct MatrixKernel : RowPipeline<2, P> {
       for (int i = 0; i < kM; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float mean = 0;
-#pragma unroll
-          for (int j = 0; j < kN; ++j)
-#pragma unroll
-            for (int e = half; e < 4; e += 2)
-              if (fragment_row(j, e) < g.n) mean += a[j][i][e] * c[j][i][e];
-          mean = over_teachers_sum(mean);
+          const float mean = over_teachers_sum(lane_product(g, a, c, i, half));
 #pragma unroll
           for (int j = 0; j < kN; ++j)
 #pragma unroll
@@ -341,13 +347,7 @@ struct MatrixKernel : RowPipeline<2, P> {
               c[j][i][e] = fragment_row(j, e) < g.n ? a[j][i][e] * (c[j][i][e] - mean) : 0.f;
           const int student = fragment_column(i, half);
           if (!p.scale_grad || student >= g.m) continue;
-          float along = 0;
-#pragma unroll
-          for (int j = 0; j < kN; ++j)
-#pragma unroll
-            for (int e = half; e < 4; e += 2)
-              if (fragment_row(j, e) < g.n) along += c[j][i][e] * z[j][i][e];
-          d_scale -= double(weight_of(g, student, row)) * double(along);
+          d_scale -= double(weight_of(g, student, row)) * double(lane_product(g, c, z, i, half));
         }
       if (p.scale_grad && member == 0) {
         d_scale = warp_sum(d_scale);

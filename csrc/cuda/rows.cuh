@@ -8,16 +8,17 @@ namespace alp::cuda {
 
 constexpr int kWarpSize = 32;
 
-template <class T>
+// Over the warp, or over each kLanes neighbours in it.
+template <int kLanes = kWarpSize, class T>
 ALP_DEVICE T warp_sum(T value) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
-template <class T>
+template <int kLanes = kWarpSize, class T>
 ALP_DEVICE T warp_max(T value) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
     const T other = shuffle_xor(value, mask);
     value = other > value ? other : value;
   }

@@ -22,10 +22,7 @@ namespace alp::cuda {
 template <int kCount, int kMask = kWarpSize / 2>
 ALP_DEVICE float scattered_sums(const float (&values)[kCount], int lane) {
   if constexpr (kCount == 1) {
-    float sum = values[0];
-#pragma unroll
-    for (int mask = kMask; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    return sum;
+    return warp_sum<2 * kMask>(values[0]);
   } else {
     const bool upper = lane & kMask;
     float half[kCount / 2];
@@ -135,13 +132,6 @@ struct VectorKernel : RowPipeline<4, P> {
 
   __device__ static float4 load_vector(const float* row, int v) { return reinterpret_cast<const float4*>(row)[v]; }
 
-  template <class T>
-  __device__ static T over_lanes_sum(T value) {
-#pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-    return value;
-  }
-
   // Calls visit(i, n) with a student of the group, one to kLanes lanes, and the number of its teachers. All lanes take
   // part in every call; those without a student of their own get n = 0.
   template <class Visit>
@@ -160,26 +150,20 @@ struct VectorKernel : RowPipeline<4, P> {
       const float* const z_i = z + i * row_pairs;
       float top = -INFINITY, total = 0;
       if (scores) {
-        for (int j = lane % kLanes; j < n; j += kLanes) {
-          top = scale * z_i[j] > top ? scale * z_i[j] : top;
-        }
-#pragma unroll
-        for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-          const float other = shuffle_xor(top, mask);
-          top = other > top ? other : top;
-        }
+        for (int j = lane % kLanes; j < n; j += kLanes) top = scale * z_i[j] > top ? scale * z_i[j] : top;
+        top = warp_max<kLanes>(top);
         for (int j = lane % kLanes; j < n; j += kLanes) {
           a[j] = exponential(scale * z_i[j] - top);
           total += a[j];
         }
       }
-      const float inverse = 1.f / over_lanes_sum(total);
+      const float inverse = 1.f / warp_sum<kLanes>(total);
       double entropy = 0;
       for (int j = lane % kLanes; j < (n + kTeachers - 1) / kTeachers * kTeachers; j += kLanes) {
         a[j] = j >= n ? 0.f : scores ? a[j] * inverse : 1.f / float(n);
         if (p.attention != nullptr && !(a[j] <= 0)) entropy -= double(a[j]) * double(logf(a[j]));
       }
-      if (p.attention != nullptr) show_attention(g, row, i, n, over_lanes_sum(entropy));
+      if (p.attention != nullptr) show_attention(g, row, i, n, warp_sum<kLanes>(entropy));
     });
   }
 
@@ -200,14 +184,14 @@ struct VectorKernel : RowPipeline<4, P> {
       const float* const p_i = residual_products + i * row_pairs;
       float mean = 0, along = 0;
       for (int j = lane % kLanes; j < n; j += kLanes) mean += a[j] * p_i[j];
-      mean = over_lanes_sum(mean);
+      mean = warp_sum<kLanes>(mean);
       for (int j = lane % kLanes; j < n; j += kLanes) {
         const float c = a[j] * (p_i[j] - mean);
         along += c * z[i * row_pairs + j];
         a[j] = scale * c;
       }
       if (!p.scale_grad) return;
-      along = over_lanes_sum(along);
+      along = warp_sum<kLanes>(along);
       if (n > 0 && lane % kLanes == 0) scale_gradient -= double(Rows::weight_of(g, i, row)) * double(along);
     });
   }
