@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "layers.h"
@@ -41,6 +42,22 @@ inline WeightType weight_dtype(const Tensor& tensor) {
     default: STD_TORCH_CHECK(false, "attention_mask: this dtype is not supported; pass bool, integers or floats");
   }
   return WeightType::none;
+}
+
+// Contiguous, with whatever the memory holds. torch::stable::new_empty would look its operator up by name, which takes
+// longer than all else in a call of few rows.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(sizes[k], 1)) strides[k] = stride;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &tensor));
+  return Tensor(tensor);
 }
 
 // Rows as the kernels want them: D contiguous elements, leading dimensions merged into at most two strides.
@@ -85,7 +102,7 @@ struct Side {
       layer.grad = nullptr;
       if (!want[k]) continue;
       wanted = true;
-      gradients.push_back(torch::stable::new_empty(tensors[k], tensors[k].sizes()));
+      gradients.push_back(new_tensor(tensors[k], tensors[k].sizes().vec(), tensors[k].scalar_type()));
       layer.grad = static_cast<char*>(gradients.back().data_ptr());
     }
   }

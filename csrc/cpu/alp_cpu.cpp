@@ -207,10 +207,6 @@ Sums run_rows(const Problem& problem, bool f64) {
   return sums;
 }
 
-Tensor make(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
 void fill(Tensor& tensor, bool f64, const double* values, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
     if (f64)
@@ -273,7 +269,7 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
   std::vector<int64_t> attention_shape{m};
   attention_shape.insert(attention_shape.end(), lead.begin(), lead.end());
   attention_shape.push_back(n);
-  Tensor attention = make(first, details ? attention_shape : std::vector<int64_t>{0}, compute);
+  Tensor attention = new_tensor(first, details ? attention_shape : std::vector<int64_t>{0}, compute);
 
   Problem problem{};
   problem.rows = rows;
@@ -312,9 +308,9 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
     loss += sums.loss[i];
   }
   const double d_scale = sums.d_scale * factor;
-  Tensor loss_out = make(first, {}, compute), layer_losses = make(first, {m}, compute);
-  Tensor entropy = make(first, {details ? m : 0}, compute);
-  Tensor factor_out = make(first, {}, compute), d_scale_out = make(first, {}, compute);
+  Tensor loss_out = new_tensor(first, {}, compute), layer_losses = new_tensor(first, {m}, compute);
+  Tensor entropy = new_tensor(first, {details ? m : 0}, compute);
+  Tensor factor_out = new_tensor(first, {}, compute), d_scale_out = new_tensor(first, {}, compute);
   fill(loss_out, f64, &loss, 1);
   fill(layer_losses, f64, sums.loss.data(), m);
   fill(entropy, f64, sums.entropy.data(), details ? m : 0);

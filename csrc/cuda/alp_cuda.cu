@@ -262,7 +262,7 @@ void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan
   const int64_t grid = std::clamp<int64_t>(p.weights.rows, 1, int64_t(resident) * device.multiprocessors);
   const int64_t sums = 2 * kWeightParts, partials = grid * (2 * int64_t(p.m) + 1);
   const int64_t doubles = 2 + sums + partials + grid * plan.scratch / 8;
-  Tensor workspace = torch::stable::new_empty(call.first, std::vector<int64_t>{doubles}, ScalarType::Double);
+  Tensor workspace = new_tensor(call.first, {doubles}, ScalarType::Double);
   double* memory = pointer<double>(workspace);
   p.ticket = find_ticket(plan.name, device, stream, reinterpret_cast<unsigned*>(memory));
   p.partials = memory + 2 + sums + grid * plan.scratch / 8;
@@ -310,7 +310,7 @@ Outputs alp_cuda(Tensors student, Tensors teacher, std::optional<Tensor> row_wei
   const Dtype student_dtype = hidden_dtype(first), teacher_dtype = hidden_dtype(teacher[0]);
   const bool f64 = student_dtype == Dtype::f64 || teacher_dtype == Dtype::f64;
   const ScalarType compute = f64 ? ScalarType::Double : ScalarType::Float;
-  auto make = [&](const std::vector<int64_t>& shape) { return torch::stable::new_empty(first, shape, compute); };
+  auto make = [&](const std::vector<int64_t>& shape) { return new_tensor(first, shape, compute); };
 
   std::vector<int64_t> attention_shape{m};
   attention_shape.insert(attention_shape.end(), first.sizes().begin(),
