@@ -11,6 +11,9 @@ VENV ?= .venv
 VENV_FLAGS ?=
 ARGS ?=
 
+# Tests run side by side, a file at a time where fixtures serve a whole file; ARGS="-n 0" runs them one by one.
+PARALLEL := -n auto --maxprocesses 8
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -18,15 +21,18 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 
 .PHONY: demo test test-triton lint types bench mutants gpu-check package clean
 
+# A thread that waits must not keep another test from the processor.
+test test-triton: export OMP_WAIT_POLICY := passive
+
 demo: $(VENV)/.examples
 	$(BIN)/python examples/distill_glue.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile $(ARGS)
 
 # The same parity tests on the Triton kernels, run on the CPU by Triton's interpreter: some minutes, no GPU needed.
 test-triton: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --backends triton tests/test_parity.py tests/test_masking.py tests/test_layer_maps.py tests/test_triton.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --backends triton tests/test_parity.py tests/test_masking.py tests/test_layer_maps.py tests/test_triton.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(fixture, names, indirect=True)
 
 
-_ran: dict[str, int] = {}
+_ran: Counter[str] = Counter()
 _skipped: dict[str, str] = {}
 
 
@@ -51,7 +52,7 @@ def _usable(request) -> Backend:
         pytest.skip(f"{backend.name}: {reason}")
     if backend.interpreted and request.node.get_closest_marker("large"):
         pytest.skip("triton: too large for the interpreter")
-    _ran[backend.name] = _ran.get(backend.name, 0) + 1
+    _ran[backend.name] += 1
     return backend
 
 
@@ -73,6 +74,19 @@ def form(request, monkeypatch) -> str:
     monkeypatch.setattr(alpkd_fast.projection, "query_side_pays", lambda *_: request.param == "query-side")
     monkeypatch.setattr(alpkd_fast.layer_attention, "BLOCK", 4)  # several blocks, the last one shorter
     return request.param
+
+
+def pytest_sessionfinish(session):
+    """Hand a worker's counts to the process that reports, where pytest-xdist runs the tests side by side."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["backends"] = dict(_ran), _skipped
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    ran, skipped = getattr(node, "workeroutput", {}).get("backends", ({}, {}))
+    _ran.update(ran)
+    _skipped.update(skipped)
 
 
 def pytest_unconfigure(config):
