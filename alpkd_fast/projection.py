@@ -64,7 +64,10 @@ def _in_columns(attention: Tensor, layers: Sequence[int], n: int) -> Tensor:
 def _teacher_side(
     problem: Problem, weight: Tensor, bias: Tensor | None, run: Callable[[Problem], LossParts]
 ) -> LossParts:
-    problem = _pooled(problem)
+    teacher, student, weights = _pooled(problem, problem.teacher, problem.student)
+    if problem.pooling != "token":
+        problem = replace(problem, student=student, row_weights=weights, pooling="token")
+    problem = replace(problem, teacher=teacher)
     if weight.dim() == 2:
         return run(replace(problem, teacher=[linear(t, weight, bias) for t in problem.teacher]))
     return _one_projection_per_layer(problem, weight, bias, run)
@@ -118,11 +121,8 @@ def project_student(
     dtype = problem.compute_dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        rows, weights = pool_layers(problem.student, problem.row_weights, pooling, dtype)  # m of (*rows, D_s)
+        rows, teacher, weights = _pooled(problem, problem.student, problem.teacher)
         student = [linear(s, W, b) for s, (W, b) in zip(rows, _by_layer(weight, bias, len(rows)), strict=True)]
-        teacher = problem.teacher
-        if pooling != "token":
-            teacher, _ = pool_layers(teacher, problem.row_weights, pooling, dtype)
     return student, teacher, weights
 
 
@@ -136,15 +136,19 @@ def _check_student_projection(problem: Problem, weight: Tensor) -> None:
         )
 
 
-def _pooled(problem: Problem) -> Problem:
-    """phi commutes with every pooling, so it is applied to the pooled rows, with rows of weight 0 zeroed:
-    a NaN there must not reach the gradient of W through the product 0 * NaN."""
+def _pooled(
+    problem: Problem, multiplied: list[Tensor], other: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Return the side that meets W, the other side and the rows' weights, all pooled: phi commutes with every pooling.
+
+    The side that meets W comes in the compute dtype, with rows of weight 0 zeroed: a NaN there must not reach the
+    gradient of W through the product 0 * NaN.
+    """
     arguments = problem.row_weights, problem.pooling, problem.compute_dtype
-    teacher, weights = pool_layers(problem.teacher, *arguments)
-    if problem.pooling == "token":
-        return replace(problem, teacher=teacher)
-    student, _ = pool_layers(problem.student, *arguments)
-    return replace(problem, student=student, teacher=teacher, row_weights=weights, pooling="token")
+    multiplied, weights = pool_layers(multiplied, *arguments)  # of (*rows, D)
+    if problem.pooling != "token":
+        other, _ = pool_layers(other, *arguments)
+    return multiplied, other, weights
 
 
 def _allowed(problem: Problem) -> Sequence[Sequence[int]]:
@@ -162,12 +166,9 @@ def _by_layer(weight: Tensor, bias: Tensor | None, m: int) -> list[tuple[Tensor,
 def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None) -> LossParts:
     check_problem(problem)
     dtype, m, n = problem.compute_dtype, len(problem.student), len(problem.teacher)
-    student, weights = pool_layers(problem.student, problem.row_weights, problem.pooling, dtype)  # m of (*rows, D_s)
-    teacher, counted = problem.teacher, None
-    if problem.pooling != "token":
-        teacher, _ = pool_layers(teacher, problem.row_weights, problem.pooling, dtype)
-    elif problem.row_weights is not None:
-        counted = (weights != 0).flatten()
+    student, teacher, weights = _pooled(problem, problem.student, problem.teacher)
+    every_row_counts = problem.pooling != "token" or problem.row_weights is None
+    counted = None if every_row_counts else (weights != 0).flatten()
     allowed = None if problem.layer_map is None else allowed_on_device(problem.layer_map, n, weight.device)
     phi = _by_layer(weight, bias, m)
     queries = [s.reshape(-1, s.shape[-1]) @ W for s, (W, _) in zip(student, phi, strict=True)]  # m of (R, D_t)
