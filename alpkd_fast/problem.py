@@ -48,17 +48,17 @@ class Problem:
 def make_problem(
     student_hidden_states: Layers,
     teacher_hidden_states: Layers,
-    attention_mask: Tensor | None,
-    pooling: str,
-    layer_map: str | Tensor | Sequence[Sequence[int]],
-    scale: float | Tensor | None,
-    normalize: bool,
-    detach_attention: bool,
-    layer_weights: Sequence[float] | Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    details: bool,
-    projected: bool,
+    attention_mask: Tensor | None = None,
+    pooling: str = "token",
+    layer_map: str | Tensor | Sequence[Sequence[int]] = "all",
+    scale: float | Tensor | None = None,
+    normalize: bool = False,
+    detach_attention: bool = False,
+    layer_weights: Sequence[float] | Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    details: bool = False,
+    projected: bool = False,
 ) -> Problem:
     """Check every argument of alp_loss but the projection (``projected``: widths may differ)."""
     student = _layers("student_hidden_states", student_hidden_states)

@@ -103,19 +103,7 @@ def project_student(
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """Return projected student rows, teacher rows and row weights, all pooled, for alp_loss's default pooling."""
     problem = make_problem(
-        student_hidden_states,
-        teacher_hidden_states,
-        attention_mask,
-        pooling,
-        layer_map="all",
-        scale=None,
-        normalize=False,
-        detach_attention=False,
-        layer_weights=None,
-        reduction="mean",
-        normalizer=None,
-        details=False,
-        projected=True,
+        student_hidden_states, teacher_hidden_states, attention_mask, pooling=pooling, projected=True
     )
     _check_student_projection(problem, weight)
     dtype = problem.compute_dtype

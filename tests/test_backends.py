@@ -129,10 +129,8 @@ def test_cuda_is_slow_with_many_rows_for_its_generic_kernel(monkeypatch, options
     monkeypatch.setattr(cuda, "FEW_ROWS", 7)
     monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 232448)
     student, teacher = both_sides(2, 3, (2, 4), 32, dtypes)
-    defaults = {"pooling": "token", "layer_map": "all", "scale": None, "normalize": False, "detach_attention": True,
-                "layer_weights": None, "reduction": "mean", "normalizer": None, "details": False}  # fmt: skip
     teacher = [h.detach() for h in teacher]
-    problem = make_problem(student, teacher, None, **(defaults | options), projected=False)
+    problem = make_problem(student, teacher, **options)
     assert cuda.measured_slow(problem) == slow
 
 

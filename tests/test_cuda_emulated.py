@@ -18,10 +18,6 @@ from alpkd_fast.reference import reference_loss
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="the emulation needs g++ (or CXX)")
 
-DEFAULTS = {
-    "pooling": "token", "layer_map": "all", "scale": None, "normalize": False, "detach_attention": False,
-    "layer_weights": None, "reduction": "mean", "normalizer": None, "details": True, "projected": False,
-}  # fmt: skip
 NAMES = ("loss", "layer_losses", "attention", "entropy")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -48,16 +44,16 @@ def evaluate(call, student, teacher, mask, teacher_grad=True, grad=1.0, **option
     """Outputs and gradients by name, for an incoming gradient ``grad``."""
     student = [h.detach().requires_grad_() for h in student]
     teacher = [h.detach().requires_grad_(teacher_grad) for h in teacher]
-    options = {**DEFAULTS, **options}
-    if isinstance(options["scale"], torch.Tensor):
-        options["scale"] = options["scale"].detach().requires_grad_()
-    outputs = call(make_problem(student, teacher, mask, **options))
+    scale = options.get("scale")
+    if isinstance(scale, torch.Tensor):
+        options["scale"] = scale = scale.detach().requires_grad_()
+    outputs = call(make_problem(student, teacher, mask, **{"details": True, **options}))
     outputs[0].backward(torch.full_like(outputs[0], grad))
     values = dict(zip(NAMES, outputs, strict=True))
     values |= {f"d_student[{i}]": h.grad for i, h in enumerate(student)}
     values |= {f"d_teacher[{j}]": h.grad for j, h in enumerate(teacher) if teacher_grad}
-    if isinstance(options["scale"], torch.Tensor):
-        values["d_scale"] = options["scale"].grad
+    if isinstance(scale, torch.Tensor):
+        values["d_scale"] = scale.grad
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -210,7 +206,7 @@ def test_dispatch_knows_which_problems_have_a_kernel(monkeypatch, m, n, D, dtype
     student = [h.requires_grad_() for h in states(m, (1, 2), D, dtypes[0])]
     teacher = [h.requires_grad_("teacher_grad" in options) for h in states(n, (1, 2), D, dtypes[1], 1)]
     given = {name: value for name, value in options.items() if name != "teacher_grad"}
-    problem = make_problem(student, teacher, None, **{**DEFAULTS, **given})
+    problem = make_problem(student, teacher, details=True, **given)
     launched()
     emulated(problem)
     assert cuda.has_kernel_for(problem) == (launched()[0] != "alp_generic")
@@ -355,7 +351,7 @@ def test_negative_weights_count_as_zero():
 def test_second_backward(dtype):
     """A kept graph's stored gradients are scaled anew, not twice."""
     student = [h.requires_grad_() for h in states(2, (3,), 16, dtype)]
-    loss = emulated(make_problem(student, states(3, (3,), 16, dtype, 1), None, **DEFAULTS))[0]
+    loss = emulated(make_problem(student, states(3, (3,), 16, dtype, 1), details=True))[0]
     first = torch.autograd.grad(loss, student, torch.tensor(0.5), retain_graph=True)
     second = torch.autograd.grad(loss, student, torch.tensor(0.5))
     for a, b in zip(first, second, strict=True):

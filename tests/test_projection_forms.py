@@ -11,9 +11,7 @@ from alpkd_fast.problem import make_problem
 def chosen(backend="cpu", m=2, n=12, D_s=384, per_layer=False, layer_map="all", layer_weights=None):
     """The form that a call takes: widths are all that matters of the tensors, so they have no rows."""
     student, teacher = [torch.empty(0, D_s)] * m, [torch.empty(0, 8)] * n
-    problem = make_problem(
-        student, teacher, None, "token", layer_map, None, False, False, layer_weights, "mean", None, False, True
-    )
+    problem = make_problem(student, teacher, layer_map=layer_map, layer_weights=layer_weights, projected=True)
     weight = torch.empty(m, D_s, 8) if per_layer else torch.empty(D_s, 8)
     query = projection.has_query_side(problem, backend) and projection.query_side_pays(problem, weight, backend)
     return "query-side" if query else "teacher-side"
