@@ -44,8 +44,8 @@ inline WeightType weight_dtype(const Tensor& tensor) {
   return WeightType::none;
 }
 
-// Contiguous, with whatever the memory holds. torch::stable::new_empty would look its operator up by name, which takes
-// longer than all else in a call of few rows.
+// Contiguous, with whatever the memory holds. torch::stable::new_empty would look its operator up by name, for every
+// tensor anew: a quarter of the operator's time where there are few rows.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
