@@ -1,12 +1,15 @@
 """Every option of alp_loss: what it means, and that each backend computes it."""
 
+import inspect
 import math
 
 import pytest
 import torch
 from common import assert_as_exact, both_sides
 
+import alpkd_fast
 from alpkd_fast import ALPOutput
+from alpkd_fast.problem import make_problem
 
 DTYPES = ["f32-f32", "bf16-bf16", "f16-f16", "f64-f64", "f32-bf16"]
 
@@ -245,3 +248,12 @@ def test_the_same_tensor_as_two_layers(backend):
     backend([copies[0]], [copies[1], teacher[1]]).backward()
     backend([c], [c, teacher[1]]).backward()
     torch.testing.assert_close(c.grad, copies[0].grad + copies[1].grad)
+
+
+def test_a_problem_has_the_defaults_of_alp_loss():
+    """Both signatures state them: the public one for its reader, the inner one for callers inside."""
+    public, inner = (inspect.signature(f).parameters for f in (alpkd_fast.alp_loss, make_problem))
+    shared = public.keys() & inner.keys()
+    assert shared >= {"attention_mask", "pooling", "layer_map", "scale", "reduction", "normalizer"}
+    assert {name: public[name].default for name in shared} == {name: inner[name].default for name in shared}
+    assert public["return_details"].default == inner["details"].default
