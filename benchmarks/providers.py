@@ -81,8 +81,7 @@ def broadcast(case: Case, student: list[Tensor], teacher: list[Tensor], weights:
 
 
 def pairs(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
-    """One product per pair of layers, nothing stacked: the slowest form in eager mode, easy to fuse for a compiler,
-    which takes most of a minute; so it belongs to the full runs."""
+    """One product per pair of layers, nothing stacked: the slowest form in eager mode, easy to fuse for a compiler."""
     total = student[0].new_zeros((), dtype=torch.float32)
     for s in student:
         a = torch.softmax(torch.stack([(s * t).sum(-1) for t in teacher], -1) * _scale(case), -1)

@@ -23,7 +23,7 @@ FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever co
 
 
 LEVELS = {"quick": (0.5, 3), "default": (1.0, 3), "full": (3.0, 9)}  # seconds and least rounds of each provider
-# Forms that take so long, and are so far from the best, that only a full run times them.
+# Forms that take so long in eager mode, and are so far from the best, that only a full run times them.
 LEFT_OUT = {"quick": ("broadcast", "pairs"), "default": ("broadcast", "pairs"), "full": ()}
 
 
@@ -184,7 +184,7 @@ def check_all(
     forms = [form for form in providers.rivals(case) if form.name not in LEFT_OUT[session.level]]
     for form in forms:
         consider(form)
-    for name, how in forms_to_compile(session, case, mode, forms):
+    for name, how in forms_to_compile(session, case, dtype, mode):
         compiled = providers.compiled(case, name, how)
         start = time.perf_counter()
         try:
@@ -196,17 +196,26 @@ def check_all(
     return right, refused
 
 
-def forms_to_compile(session: Session, case: Case, mode: str, forms: list[Provider]) -> list[tuple[str, str | None]]:
-    """Forms and compile modes. A full run compiles every form; a default run those that may be the best, to save time:
-    bmm on a CPU, bmm and einsum on a GPU."""
-    if session.level != "full":
-        wanted = session.level == "default" and mode != "forward" and case.pooling == "token" and not case.teacher_dim
-        likely = ("bmm",) if session.device.type == "cpu" else ("bmm", "einsum")
-        return [(form.name, None) for form in forms if form.name in likely and wanted]
-    modes: list[str | None] = [None]
-    if session.device.type == "cuda":
-        modes.append("max-autotune-no-cudagraphs")  # graphs would copy the rotated inputs; [CLS] has its own
-    return [(form.name, how) for form in forms for how in modes]
+def forms_to_compile(session: Session, case: Case, dtype: str, mode: str) -> list[tuple[str, str | None]]:
+    """Forms and compile modes. A full run compiles every form; a default run those that may be the best."""
+    names = list(providers.rival_forms(case))
+    if session.level == "full":
+        modes: list[str | None] = [None]
+        if session.device.type == "cuda":
+            modes.append("max-autotune-no-cudagraphs")  # graphs would copy the rotated inputs; [CLS] has its own
+        return [(name, how) for name in names for how in modes]
+    if session.level == "quick" or mode == "forward" or case.pooling != "token" or case.teacher_dim:
+        return []
+    return [(name, None) for name in names if name in best_compiled(case, dtype, session.device)]
+
+
+def best_compiled(case: Case, dtype: str, device: torch.device) -> tuple[str, ...]:
+    """The best forms under torch.compile, as full runs on a CPU show; on a GPU those that may be. For more than a
+    hundred pairs of layers the compiler takes minutes over the form with a product for each."""
+    few = case.pairs <= 100
+    if device.type == "cuda":
+        return ("einsum", "pairs") if few else ("bmm", "einsum")
+    return ("bmm", "pairs") if few and dtype != "fp32" else ("bmm",)
 
 
 def run_case(session: Session, case: Case, dtype: str, mode: str) -> list[Row]:

@@ -1,5 +1,7 @@
 """Loss, details and every gradient of each backend against the float64 truth."""
 
+from functools import partial
+
 import pytest
 import torch
 from common import DTYPE_PAIRS, assert_as_exact, both_sides
@@ -57,9 +59,12 @@ def test_bert_width_and_depth(backend, dtypes):
 
 
 @pytest.mark.large
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("pooling", ["token", "last"])
-def test_gradients_larger_than_the_caches(backend, pooling):
-    """They are written past the caches, and so are the zeros of padding and of tokens that are not pooled."""
+def test_gradients_larger_than_the_caches(backend, pooling, threads, request):
+    """Many threads write them past the caches, and so the zeros of padding and of tokens that are not pooled."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     student, teacher = both_sides(6, 3, (2, 260), 768, device=backend.device)  # 9.6 MB of student rows
     mask = torch.ones(2, 260, device=backend.device)
     mask[0, 3:200] = 0

@@ -59,9 +59,13 @@ double scalar_value(const Tensor& tensor) {
   return value;
 }
 
-// Whether gradients are written past the caches: they exceed these, and every row starts on a cache line.
+// Whether gradients are written past the caches: they exceed these, every row starts on a cache line, and there are
+// threads enough to fill the memory bus. A few are quicker through the caches: a streamed line holds one of the buffers
+// through which a core reads, too, until it has reached memory.
 bool worth_streaming(const Side& students, const Side& teachers) {
   constexpr int64_t kBeyondCaches = 8 << 20;
+  constexpr uint32_t kFewThreads = 4;
+  if (torch::stable::get_num_threads() <= kFewThreads) return false;
   int64_t total = 0;
   for (const Side* side : {&students, &teachers})
     for (const Tensor& gradient : side->gradients) {

@@ -1,10 +1,11 @@
-// The two products that everything is made of, on scratch rows of one token:
-//   dots     out[j][i] = <x_i, t_j>
-//   combine  out_i     = base_scale_i * base_i + sum_k coef[k][i] * x_k
+// The products that everything is made of, on the rows of one token:
+//   dots      sums[j][i] = <x_i, t_j>
+//   residual  e_i        = s_i - sum_j coef[j][i] * t_j, and sums[j][i] = <e_i, t_j>
+//   combine   out_i      = base_scale_i * base_i + sum_k coef[k][i] * x_k
 // Arrays of coefficients hold the student layers of one teacher layer side by side, ld apart: the
-// softmax between the products then runs over vectors of student layers. Both products take a block of
-// columns, small enough for what they read to stay in the L1 cache. Tiles keep ALP_TILE_I x ALP_TILE_J
+// softmax between the products then runs over vectors of student layers. Tiles keep ALP_TILE_I x ALP_TILE_J
 // (ALP_TILE_I x ALP_TILE_D) accumulators in registers, so that a loaded vector serves several multiply-adds.
+// Columns are width whole vectors: rows of scratch are padded with zeros.
 #pragma once
 
 #include "vec.h"
@@ -21,9 +22,11 @@ namespace {
 // The next row's hidden states on their way to the L2 cache: a few lines with every tile, so that the
 // memory stays busy while the products read the caches, and no prefetch waits in a burst.
 struct Ahead {
-  static constexpr int kLines = 4;  // at once: an unrolled burst costs little beside a tile
-  const char* const* rows;          // [count]
-  const int64_t* bytes;             // [count] length of each
+  static constexpr int kLines = 4;         // at once: an unrolled burst costs little beside a tile
+  static constexpr int64_t kStep = 128;    // bytes from one to the next: processors fetch lines in pairs
+  static constexpr int64_t kStart = 1024;  // bytes of a row that follows on this one: its end the processor foresees
+  const char* const* rows;                 // [count]
+  const int64_t* bytes;                    // [count] length of each
   int count = 0;
   int bursts = 0;  // a tile
   int row = 0;
@@ -33,8 +36,8 @@ struct Ahead {
     for (int k = 0; k < bursts && row < count; ++k) {
       const char* line = rows[row] + at;  // past the row's end lies the row after the next, as a rule
       ALP_UNROLL
-      for (int l = 0; l < kLines; ++l) __builtin_prefetch(line + 64 * l, 0, 2);
-      if ((at += 64 * kLines) >= bytes[row]) {
+      for (int l = 0; l < kLines; ++l) __builtin_prefetch(line + kStep * l, 0, 2);
+      if ((at += kStep * kLines) >= bytes[row]) {
         at = 0;
         ++row;
       }
@@ -63,48 +66,46 @@ inline void each_tile(int m, F f) {
   }
 }
 
-// The rows of a product of m by n. Where they are used for the first time their elements come from the hidden
-// states, of type S, and go to scratch on the way.
-template <class A, class S = A>
+// The rows of a product of m by n: scratch rows x, and rows t of S, which may be hidden states. Where x is used for
+// the first time its elements come from hidden states and go to scratch on the way.
+template <class A, class S>
 struct Operands {
-  A *const *x, *const *t;                                      // [m] and [n] scratch rows
-  const S *const *from_x = nullptr, *const *from_t = nullptr;  // [m] and [n] hidden states
+  A* const* x;                       // [m]
+  const S* const* t;                 // [n]
+  const S* const* from_x = nullptr;  // [m]
 };
 
-template <bool kFirst, class A, class S>
-ALP_INLINE Vec<A> operand(A* scratch, const S* from) {
-  if constexpr (!kFirst) return load<Vec<A>>(scratch);
-  const Vec<A> value = load_wide(from);
-  store(scratch, value);
-  return value;
-}
-
-template <int kI, int kJ, bool kFirstX, bool kFirstT, class A, class S>
-ALP_INLINE void dots_tile(const Operands<A, S>& o, int i0, int j0, Columns c, Vec<A>* sums, int64_t ld) {
+template <int kI, int kJ, bool kFirst, class A, class S>
+ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* teachers, int64_t width, Vec<A>* sums) {
   // Local copies, which no store can change as far as the compiler knows.
-  A *x[kI], *t[kJ];
-  const S *from_x[kI] = {}, *from_t[kJ] = {};
+  A* x[kI];
+  const S *from_x[kI] = {}, *t[kJ];
   Vec<A> acc[kJ][kI];
-  sums += j0 * ld + i0;
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) {
-    x[i] = o.x[i0 + i];
-    if constexpr (kFirstX) from_x[i] = o.from_x[i0 + i];
+    x[i] = rows[i];
+    if constexpr (kFirst) from_x[i] = from[i];
   }
   ALP_UNROLL
   for (int j = 0; j < kJ; ++j) {
-    t[j] = o.t[j0 + j];
-    if constexpr (kFirstT) from_t[j] = o.from_t[j0 + j];
+    t[j] = teachers[j];
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i) acc[j][i] = sums[j * ld + i];
+    for (int i = 0; i < kI; ++i) acc[j][i] = Vec<A>{};
   }
-  for (int64_t d = c.begin; d < c.end; d += kWidth<A>) {
+  for (int64_t d = 0; d < width; d += kWidth<A>) {
     Vec<A> b_x[kI];
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i) b_x[i] = operand<kFirstX>(x[i] + d, from_x[i] + d);
+    for (int i = 0; i < kI; ++i) {
+      if constexpr (kFirst) {
+        b_x[i] = load_wide(from_x[i] + d);
+        store(x[i] + d, b_x[i]);
+      } else {
+        b_x[i] = load<Vec<A>>(x[i] + d);
+      }
+    }
     ALP_UNROLL
     for (int j = 0; j < kJ; ++j) {
-      const Vec<A> b_t = operand<kFirstT>(t[j] + d, from_t[j] + d);
+      const Vec<A> b_t = load_wide(t[j] + d);
       ALP_UNROLL
       for (int i = 0; i < kI; ++i) acc[j][i] += b_x[i] * b_t;
     }
@@ -112,20 +113,19 @@ ALP_INLINE void dots_tile(const Operands<A, S>& o, int i0, int j0, Columns c, Ve
   ALP_UNROLL
   for (int j = 0; j < kJ; ++j) {
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i) sums[j * ld + i] = acc[j][i];
+    for (int i = 0; i < kI; ++i) sums[j * kI + i] = acc[j][i];
   }
 }
 
-template <int kI, bool kFirst, bool kFirstT, class A, class S>
-ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, Columns c, Vec<A>* sums, int64_t ld,
-                                 Ahead& ahead) {
+template <int kI, class A, class S>
+ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, int64_t width, Vec<A>* sums, Ahead& ahead) {
   int j = 0;
-  const auto tile = [&](auto width) {
-    if (kFirst && j == 0)
-      dots_tile<kI, width.value, kFirst, kFirstT>(o, i, j, c, sums, ld);
+  const auto tile = [&](auto count) {
+    if (o.from_x != nullptr && j == 0)
+      dots_tile<kI, count.value, true>(o.x + i, o.from_x + i, o.t, width, sums);
     else
-      dots_tile<kI, width.value, false, kFirstT>(o, i, j, c, sums, ld);
-    j += width.value;
+      dots_tile<kI, count.value, false>(o.x + i, o.from_x, o.t + j, width, sums + j * kI);
+    j += count.value;
   };
   while (j + ALP_TILE_J <= n) {
     ahead.step();
@@ -134,27 +134,32 @@ ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, Columns 
   while (j < n) tile(Height<1>());
 }
 
-// Adds the columns' share to sums (n, ld), whose lanes are yet to be added up.
-template <bool kFirst, class A, class S>
-void dots(int m, int n, const Operands<A, S>& o, Columns c, Vec<A>* sums, int64_t ld, Ahead& ahead) {
-  each_tile(m, [&](int i, auto height) {
-    if (kFirst && i == 0)
-      dots_rows<height.value, kFirst, kFirst>(o, i, n, c, sums, ld, ahead);
-    else
-      dots_rows<height.value, kFirst, false>(o, i, n, c, sums, ld, ahead);
-  });
+// sums, whose lanes are yet to be added up: for every tile of x's rows (n, its height) vectors, one tile after the
+// other.
+template <class A, class S>
+void dots(int m, int n, const Operands<A, S>& o, int64_t width, Vec<A>* sums, Ahead& ahead) {
+  each_tile(m, [&](int i, auto height) { dots_rows<height.value>(o, i, n, width, sums + i * n, ahead); });
 }
 
-// out (n, ld) of sums (n, ld)
+// out (n, ld) of sums
 template <class A>
 void add_lanes(int m, int n, const Vec<A>* sums, A* out, int64_t ld) {
-  for (int64_t k = 0; k < n * ld; k += ld)
-    for (int64_t i = k; i < k + m; i += 4) {
-      if constexpr (sizeof(A) == 4)
-        store(out + i, sum4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
-      else
-        for (int64_t l = i; l < i + 4; ++l) out[l] = sum<A, kWidth<A>>(sums[l]);
+  each_tile(m, [&](int i0, auto height) {
+    constexpr int kI = height.value;
+    for (int j = 0; j < n; ++j, sums += kI) {
+      A* to = out + j * ld + i0;
+      if constexpr (sizeof(A) == 4) {
+        ALP_UNROLL
+        for (int i = 0; i < kI; i += 4) {
+          const auto row = [&](int k) { return i + k < kI ? sums[i + k] : Vec<A>{}; };
+          const Quad quad = sum4(row(0), row(1), row(2), row(3));
+          __builtin_memcpy(to + i, &quad, (kI - i < 4 ? kI - i : 4) * sizeof(A));
+        }
+      } else {
+        for (int i = 0; i < kI; ++i) to[i] = sum<A, kWidth<A>>(sums[i]);
+      }
     }
+  });
 }
 
 template <class A>
@@ -164,46 +169,143 @@ A dot(const A* x, const A* y, int64_t D) {
   return sum<A, kWidth<A>>(total);
 }
 
+// e_i = s_i - sum_j coef[j][i] * t_j, for m rows s_i of scratch and n rows t_j of S.
+template <class A, class S>
+struct Residual {
+  int m, n;
+  const A* const* s;  // [m]
+  const S* const* t;  // [n]
+  const A* coef;      // (n, ld)
+  int64_t ld;
+  A* const* out;    // [m] rows that take e_i, or null pointers
+  Vec<A>* squares;  // [m] vectors whose lanes add up to ||e_i||^2
+  Vec<A>* sums;     // as of dots: <e_i, t_j>
+  Vec<A>* wide;     // [n * ALP_TILE_D] for the columns of t that a tile reads twice
+};
+
+// Columns d … d + kD vectors of e_i in registers, of kI rows. Their squares are added to squares[kI], with kProducts
+// also <e_i, t_j> to sums (n, kI).
+template <bool kProducts, int kI, int kD, class A, class S>
+ALP_INLINE void residual_tile(const Residual<A, S>& r, const A* const* s, const A* coef, A* const* out, int64_t d,
+                              Vec<A>* squares, Vec<A>* sums) {
+  constexpr int W = kWidth<A>;
+  Vec<A> e[kI][kD];
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    ALP_UNROLL
+    for (int v = 0; v < kD; ++v) e[i][v] = load<Vec<A>>(s[i] + d + v * W);
+  }
+  for (int j = 0; j < r.n; ++j, coef += r.ld) {
+    const S* t_j = r.t[j] + d;
+    Vec<A> b_coef[kI];
+    ALP_UNROLL
+    for (int i = 0; i < kI; ++i) b_coef[i] = coef[i] - Vec<A>{};  // broadcast
+    ALP_UNROLL
+    for (int v = 0; v < kD; ++v) {
+      const Vec<A> b_t = load_wide(t_j + v * W);
+      if constexpr (kProducts) r.wide[j * kD + v] = b_t;
+      ALP_UNROLL
+      for (int i = 0; i < kI; ++i) e[i][v] = e[i][v] - b_t * b_coef[i];
+    }
+  }
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    Vec<A> square = e[i][0] * e[i][0];
+    ALP_UNROLL
+    for (int v = 1; v < kD; ++v) square += e[i][v] * e[i][v];
+    squares[i] += square;
+  }
+  if (out[0] != nullptr) {
+    ALP_UNROLL
+    for (int i = 0; i < kI; ++i) {
+      ALP_UNROLL
+      for (int v = 0; v < kD; ++v) store(out[i] + d + v * W, e[i][v]);
+    }
+  }
+  if constexpr (kProducts) {
+    for (int j = 0; j < r.n; ++j, sums += kI) {
+      Vec<A> acc[kI];
+      ALP_UNROLL
+      for (int i = 0; i < kI; ++i) acc[i] = sums[i];
+      ALP_UNROLL
+      for (int v = 0; v < kD; ++v) {
+        const Vec<A> b_t = r.wide[j * kD + v];
+        ALP_UNROLL
+        for (int i = 0; i < kI; ++i) acc[i] += e[i][v] * b_t;
+      }
+      ALP_UNROLL
+      for (int i = 0; i < kI; ++i) sums[i] = acc[i];
+    }
+  }
+}
+
+template <bool kProducts, int kI, class A, class S>
+ALP_TILE_FUNCTION void residual_rows(const Residual<A, S>& r, int i0, int64_t width, Ahead& ahead) {
+  constexpr int W = kWidth<A>;
+  // Local copies, which no store can change as far as the compiler knows.
+  const Residual<A, S> local = r;
+  const A *s[kI], *coef = r.coef + i0;
+  A* out[kI];
+  Vec<A> squares[kI], *sums = r.sums + i0 * r.n;
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    s[i] = r.s[i0 + i];
+    out[i] = r.out[i0 + i];
+    squares[i] = Vec<A>{};
+  }
+  if constexpr (kProducts)
+    for (int k = 0; k < r.n * kI; ++k) sums[k] = Vec<A>{};
+  int64_t d = 0;
+  for (; d + ALP_TILE_D * W <= width; d += ALP_TILE_D * W) {
+    ahead.step();
+    residual_tile<kProducts, kI, ALP_TILE_D>(local, s, coef, out, d, squares, sums);
+  }
+  for (; d < width; d += W) residual_tile<kProducts, kI, 1>(local, s, coef, out, d, squares, sums);
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) r.squares[i0 + i] = squares[i];
+}
+
+template <bool kProducts, class A, class S>
+void residual(const Residual<A, S>& r, int64_t width, Ahead& ahead) {
+  each_tile(r.m, [&](int i, auto height) { residual_rows<kProducts, height.value>(r, i, width, ahead); });
+}
+
 // A combination of m output rows from m bases and n rows x_k. coef is (n, ld): the coefficients of one
-// x_k lie together. A residual is base_i - sum_k coef[k][i] * x_k instead.
-// T is A for scratch rows, or the dtype of gradient rows that a tile rounds to and writes at once.
-template <class A, class T = A>
+// x_k lie together. S is A for scratch rows, or the dtype of hidden states; T is A, or the dtype of gradient rows
+// that a tile rounds to and writes at once.
+template <class A, class S = A, class T = A>
 struct Combination {
   int m, n;
   const A* const* base;  // [m]
-  const A* base_scale;   // [m]; unused by a residual
-  const A* const* x;     // [n]
+  const A* base_scale;   // [m]
+  const S* const* x;     // [n]
   const A* coef;
   int64_t ld;
   T* const* out;             // [m]
   bool past_caches = false;  // how gradients are stored
 };
 
-// Columns d … d + kD vectors of kI output rows, whose first coefficients are coef. A residual adds its squares
-// to squares[kI].
-template <bool kResidual, int kI, int kD, class A, class T>
-ALP_INLINE void combine_tile(const Combination<A, T>& c, const A* const* base, const Vec<A>* base_scale, const A* coef,
-                             T* const* out, int64_t d, Vec<A>* squares) {
+// Columns d … d + kD vectors of kI output rows, whose first coefficients are coef.
+template <int kI, int kD, class A, class S, class T>
+ALP_INLINE void combine_tile(const Combination<A, S, T>& c, const A* const* base, const Vec<A>* base_scale,
+                             const A* coef, T* const* out, int64_t d) {
   constexpr int W = kWidth<A>;
   Vec<A> acc[kI][kD];
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) {
     ALP_UNROLL
-    for (int v = 0; v < kD; ++v) {
-      acc[i][v] = load<Vec<A>>(base[i] + d + v * W);
-      if constexpr (!kResidual) acc[i][v] *= base_scale[i];
-    }
+    for (int v = 0; v < kD; ++v) acc[i][v] = load<Vec<A>>(base[i] + d + v * W) * base_scale[i];
   }
   for (int k = 0; k < c.n; ++k, coef += c.ld) {
-    const A* x_k = c.x[k] + d;
+    const S* x_k = c.x[k] + d;
     Vec<A> b_coef[kI];
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i) b_coef[i] = coef[i] - Vec<A>{};  // broadcast
+    for (int i = 0; i < kI; ++i) b_coef[i] = coef[i] - Vec<A>{};
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) {
-      const Vec<A> b_x = load<Vec<A>>(x_k + v * W);
+      const Vec<A> b_x = load_wide(x_k + v * W);
       ALP_UNROLL
-      for (int i = 0; i < kI; ++i) acc[i][v] = kResidual ? acc[i][v] - b_x * b_coef[i] : acc[i][v] + b_x * b_coef[i];
+      for (int i = 0; i < kI; ++i) acc[i][v] = acc[i][v] + b_x * b_coef[i];
     }
   }
   ALP_UNROLL
@@ -216,53 +318,33 @@ ALP_INLINE void combine_tile(const Combination<A, T>& c, const A* const* base, c
         store(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
     }
   }
-  if constexpr (kResidual) {
-    ALP_UNROLL
-    for (int i = 0; i < kI; ++i) {
-      Vec<A> square = acc[i][0] * acc[i][0];
-      ALP_UNROLL
-      for (int v = 1; v < kD; ++v) square += acc[i][v] * acc[i][v];
-      squares[i] += square;
-    }
-  }
 }
 
-template <bool kResidual, int kI, class A, class T>
-ALP_TILE_FUNCTION void combine_rows(const Combination<A, T>& c, int i0, Columns columns, Vec<A>* squares,
-                                    Ahead& ahead) {
+template <int kI, class A, class S, class T>
+ALP_TILE_FUNCTION void combine_rows(const Combination<A, S, T>& c, int i0, int64_t width, Ahead& ahead) {
   constexpr int W = kWidth<A>;
-  // Local copies, which no store can change as far as the compiler knows.
   const A* base[kI];
   T* out[kI];
-  Vec<A> base_scale[kI], added[kI];
+  Vec<A> base_scale[kI];
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) {
     base[i] = c.base[i0 + i];
     out[i] = c.out[i0 + i];
-    added[i] = Vec<A>{};
-    if constexpr (!kResidual) base_scale[i] = c.base_scale[i0 + i] - Vec<A>{};
+    base_scale[i] = c.base_scale[i0 + i] - Vec<A>{};
   }
-  const Combination<A, T> local = c;
+  const Combination<A, S, T> local = c;
   const A* coef = c.coef + i0;
-  int64_t d = columns.begin;
-  for (; d + ALP_TILE_D * W <= columns.end; d += ALP_TILE_D * W) {
+  int64_t d = 0;
+  for (; d + ALP_TILE_D * W <= width; d += ALP_TILE_D * W) {
     ahead.step();
-    combine_tile<kResidual, kI, ALP_TILE_D>(local, base, base_scale, coef, out, d, added);
+    combine_tile<kI, ALP_TILE_D>(local, base, base_scale, coef, out, d);
   }
-  for (; d < columns.end; d += W) combine_tile<kResidual, kI, 1>(local, base, base_scale, coef, out, d, added);
-  if constexpr (kResidual)
-    for (int i = 0; i < kI; ++i) squares[i] += added[i];
+  for (; d < width; d += W) combine_tile<kI, 1>(local, base, base_scale, coef, out, d);
 }
 
-template <class A, class T>
-void combine(const Combination<A, T>& c, Columns columns, Ahead& ahead) {
-  each_tile(c.m,
-            [&](int i, auto height) { combine_rows<false, height.value>(c, i, columns, (Vec<A>*)nullptr, ahead); });
-}
-// squares [m] vectors, whose lanes are yet to be added up
-template <class A>
-void residual(const Combination<A>& c, Columns columns, Vec<A>* squares, Ahead& ahead) {
-  each_tile(c.m, [&](int i, auto height) { combine_rows<true, height.value>(c, i, columns, squares + i, ahead); });
+template <class A, class S, class T>
+void combine(const Combination<A, S, T>& c, int64_t width, Ahead& ahead) {
+  each_tile(c.m, [&](int i, auto height) { combine_rows<height.value>(c, i, width, ahead); });
 }
 
 }  // namespace

@@ -8,6 +8,11 @@
 namespace alp::ALP_ISA {
 namespace {
 
+template <class T, class U>
+constexpr bool same = false;
+template <class T>
+constexpr bool same<T, T> = true;
+
 inline double row_weight(const Problem& p, int64_t position) {
   switch (p.weight_type) {
     case WeightType::none: return 1.0;
@@ -47,13 +52,15 @@ class Arena {
   char* base;
 };
 
-// Scratch of one thread: (n + 2m + 1) rows of A, m more with teacher gradients, 2m more with normalize, each D
-// padded to at most 1023 bytes more; and n * lanes(m) * (one vector + 4 A) of coefficients. With m 6, n 12, D 768
-// in fp32 that is 96 KB.
+// Scratch of one thread: (2m + 1) rows of A, n more where the teacher's rows are gathered or get gradients, m more
+// with teacher gradients, 2m more with normalize, each D padded to at most 1023 bytes more; and n * lanes(m) * (one
+// vector + 4 A) of coefficients. With m 6, n 12, D 768 in fp32 that is 56 KB.
 //
-// A is the compute dtype. A row's hidden states are widened, in their first product, into scratch rows of A
-// that are padded with zeros to whole vectors: rows of the hidden states themselves lie a multiple of
-// 4 KiB apart and would all fall into the same few sets of the L1 cache.
+// A is the compute dtype. A student's row is widened, in its first product, into a scratch row of A, padded with
+// zeros to whole vectors: every tile reads it again, and rows of the hidden states themselves lie a multiple of
+// 4 KiB apart and would all fall into the same few sets of the L1 cache. The teacher's rows are widened wherever
+// they are read: a copy costs more than to read them from the L2 cache once more. They are gathered first only where
+// the two sides differ in dtype, D is not whole vectors, the row is a mean, or with normalize.
 template <class A>
 class RowKernel {
  public:
@@ -75,8 +82,9 @@ class RowKernel {
     const int64_t ld = lanes(p.m), lanes_n = n * ld;
     weight = arena.take<A>(m);
     base_scale = arena.take<A>(m > n ? m : n);
-    sums = arena.zeros<Vec<A>>(lanes_n);
+    sums = arena.take<Vec<A>>(m * n);
     squares = arena.take<Vec<A>>(m);
+    wide = arena.take<Vec<A>>(n * ALP_TILE_D);
     z = arena.zeros<A>(lanes_n);
     a = arena.zeros<A>(lanes_n);
     products = arena.zeros<A>(lanes_n);
@@ -88,12 +96,10 @@ class RowKernel {
     width = (p.D + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
     constexpr int64_t kStep = 512 / sizeof(A);
     pitch = ((width + kStep - 1) / kStep | 1) * kStep;  // an odd multiple of 512 bytes spreads the rows over the sets
-    constexpr int64_t kTile = ALP_TILE_D * kWidth<A>;
-    block = kL1Bytes / (int64_t(sizeof(A)) * (n + 2 * m)) / kTile * kTile;
-    block = block < kTile ? kTile : block;
     own_s = arena.take<A>(m * pitch);
-    own_t = arena.take<A>(n * pitch);
-    residual_rows = arena.take<A>(m * pitch);
+    as_they_are = p.student_dtype == p.teacher_dtype && width == p.D && p.pooling != Pooling::mean && !p.normalize;
+    own_t = arena.take<A>(as_they_are && !p.teacher_grad ? 0 : n * pitch);
+    errors = arena.take<A>(m * pitch);
     spare = arena.take<A>(pitch);
     combined = arena.take<A>(p.normalize ? m * pitch : 0);
     student_side = arena.take<A>(p.normalize ? m * pitch : 0);
@@ -110,8 +116,10 @@ class RowKernel {
         continue;
       }
       for (int i = 0; i < p.m; ++i) weight[i] = A(p.gradient_coef[i] * mu);
-      gathered = p.pooling == Pooling::mean;
-      if (gathered) gather_mean(position);
+      if (p.pooling == Pooling::mean)
+        gather_mean(position);
+      else if (!as_they_are)
+        gather(position);
       look_ahead(r + 1, last);
       for (int g = 0; g < p.group_count; ++g) group(p.groups[g], r, position, mu);
       if (p.teacher_grad) teacher_gradients(position);
@@ -121,8 +129,6 @@ class RowKernel {
   }
 
  private:
-  static constexpr int64_t kL1Bytes = ALP_BLOCK_BYTES;
-
   const Problem& p;
   Partial partial;
   A** h;                          // [m] what stands for e_i in p_ij and dt_j
@@ -134,26 +140,20 @@ class RowKernel {
   const char** next;  // [m + n] where the next rows start
   int64_t* next_bytes;
   Ahead ahead{};
-  A *weight, *base_scale;       // [m] 2w, and the factors of a combination's bases
-  Vec<A>*sums, *squares;        // (n, ld) and [m] vectors whose lanes add up to a product and to ||e_i||^2
-  A *z, *a, *products, *coef;   // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
-  A* group_weight;              // [ld] 2w of a group's student layers
-  A *all_a, *all_c;             // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
-  int64_t width, pitch, block;  // D in whole vectors, from one scratch row to the next, columns of a block
-  A *own_s, *own_t, *residual_rows, *spare, *combined, *student_side, *student_out;  // scratch rows
-  bool gathered = false;  // whether own_s and own_t hold this row
+  A *weight, *base_scale;        // [m] 2w, and the factors of a combination's bases
+  Vec<A>*sums, *squares, *wide;  // m * n and [m] vectors whose lanes add up to a product and to ||e_i||^2; of a tile
+  A *z, *a, *products, *coef;    // (n, ld) <s_i, t_j>, a_ij, p_ij then c_ij, coefficients of a combination
+  A* group_weight;               // [ld] 2w of a group's student layers
+  A *all_a, *all_c;              // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
+  int64_t width, pitch;          // D in whole vectors, from one scratch row to the next
+  A *own_s, *own_t, *errors, *spare, *combined, *student_side, *student_out;  // scratch rows
+  bool as_they_are;       // the teacher's rows are read from the hidden states
   double mean_total = 0;  // sum of the weights of a "mean" row
 
   static constexpr int kLanes = kWidth<A> < 4 ? 4 : kWidth<A>;
   static int64_t lanes(int m) { return (m + kLanes - 1) / kLanes * kLanes; }
   bool with_gradient() const { return p.student_grad || p.teacher_grad || p.scale_grad; }
   bool through_attention() const { return with_gradient() && !p.detach && (p.scale != 0 || p.scale_grad); }
-
-  template <class F>
-  void each_block(F f) const {
-    for (int64_t begin = 0; begin < width; begin += block)
-      f(Columns{begin, begin + block < width ? begin + block : width});
-  }
 
   // The row's weight, and its position among the (*lead) rows (of its first for "mean").
   int64_t locate(int64_t r, double* mu) {
@@ -174,37 +174,15 @@ class RowKernel {
     return first;
   }
 
-  // Widens columns of every layer's row.
-  void gather(int64_t position, Columns c) {
+  // Widens every layer's row.
+  void gather(int64_t position) {
     for (int i = 0; i < p.m; ++i)
-      if (p.student_active[i]) unpack(row_of(p.student[i], position), p.student_dtype, own_s + i * pitch, c, p.D);
+      if (p.student_active[i]) gather_row(p.student[i], p.student_dtype, own_s + i * pitch, position);
     for (int j = 0; j < p.n; ++j)
-      if (p.teacher_active[j]) unpack(row_of(p.teacher[j], position), p.teacher_dtype, own_t + j * pitch, c, p.D);
+      if (p.teacher_active[j]) gather_row(p.teacher[j], p.teacher_dtype, own_t + j * pitch, position);
   }
-
-  // <s_i, t_j> of the only group straight from the hidden states, which are gathered on the way: where they have
-  // one dtype and their rows are whole vectors.
-  bool gather_by_dots(const Group& g, int64_t position) {
-    if (p.group_count > 1 || p.student_dtype != p.teacher_dtype || width != p.D) return false;
-    for (int i = 0; i < g.m; ++i) from_s[i] = row_of(p.student[g.student[i]], position);
-    for (int j = 0; j < g.n; ++j) from_t[j] = row_of(p.teacher[g.teacher[j]], position);
-    switch (p.student_dtype) {
-      case Dtype::f32: return gather_by_dots_of<float>(g);
-      case Dtype::f64: return gather_by_dots_of<double>(g);
-      case Dtype::bf16: return gather_by_dots_of<Bf16>(g);
-      case Dtype::f16: return gather_by_dots_of<Fp16>(g);
-    }
-    return false;
-  }
-  template <class S>
-  bool gather_by_dots_of(const Group& g) {
-    if constexpr (requires(const S* from, Vec<A> v) { v = load_wide(from); }) {
-      const Operands<A, S> operands{group_s, group_t, reinterpret_cast<const S* const*>(from_s),
-                                    reinterpret_cast<const S* const*>(from_t)};
-      each_block([&](Columns c) { dots<true>(g.m, g.n, operands, c, sums, lanes(g.m), ahead); });
-      return true;
-    }
-    return false;
+  void gather_row(const Layer& layer, Dtype type, A* own, int64_t position) {
+    unpack(row_of(layer, position), type, own, width, p.D);
   }
 
   void gather_mean(int64_t position) {
@@ -219,7 +197,7 @@ class RowKernel {
       const double weight_k = row_weight(p, position + k);
       if (weight_k == 0) continue;
       const A share = A(weight_k / mean_total);
-      unpack(row_of(layer, position + k), type, spare, {0, width}, p.D);
+      unpack(row_of(layer, position + k), type, spare, width, p.D);
       for (int64_t d = 0; d < width; ++d) own[d] += share * spare[d];
     }
   }
@@ -232,42 +210,65 @@ class RowKernel {
     if (!known || r == last || row_weight(p, position) == 0) return;
     int64_t lines = 0, tiles = 1;
     const auto add = [&](const Layer& layer, Dtype type) {
+      const int64_t bytes = p.D * dtype_size(type);
       next[ahead.count] = row_of(layer, position);
-      next_bytes[ahead.count] = p.D * dtype_size(type);
-      lines += next_bytes[ahead.count++] / 64 + 1;
+      const bool follows = next[ahead.count] == row_of(layer, (r - 1) * p.seq) + bytes;
+      next_bytes[ahead.count] = follows && bytes > Ahead::kStart ? Ahead::kStart : bytes;
+      lines += next_bytes[ahead.count++] / Ahead::kStep + 1;
     };
     for (int i = 0; i < p.m; ++i)
       if (p.student_active[i]) add(p.student[i], p.student_dtype);
     for (int j = 0; j < p.n; ++j)
       if (p.teacher_active[j]) add(p.teacher[j], p.teacher_dtype);
     for (int g = 0; g < p.group_count; ++g)
-      tiles += 2 * tile_count(p.groups[g].m) *
-               (width / (ALP_TILE_D * kWidth<A>)+p.groups[g].n / ALP_TILE_J * ((width + block - 1) / block));
+      tiles += tile_count(p.groups[g].m) * (2 * width / (ALP_TILE_D * kWidth<A>)+p.groups[g].n / ALP_TILE_J);
     const int64_t step = tiles * Ahead::kLines;
     ahead = {next, next_bytes, ahead.count, int((lines + step - 1) / step)};
   }
 
-  // Columns of a layer's gradient row, from scratch to memory; a "mean" row is spread once it is whole.
-  void write(const Layer& layer, Dtype type, const A* row, int64_t position, Columns c) {
+  // A layer's gradient row from scratch to memory; a "mean" row is spread later.
+  void write(const Layer& layer, Dtype type, const A* row, int64_t position) {
     if (layer.grad == nullptr || p.pooling == Pooling::mean) return;
-    pack(row, type, layer.grad + position * p.D * dtype_size(type), c, p.D, p.stream);
+    pack(row, type, layer.grad + position * p.D * dtype_size(type), p.D, p.stream);
   }
 
   // One dense block of the attention: students that attend to the same teachers.
   void group(const Group& g, int64_t r, int64_t position, double mu) {
-    const int m = g.m, n = g.n;
-    for (int i = 0; i < m; ++i) {
+    for (int i = 0; i < g.m; ++i) {
       group_s[i] = own_s + g.student[i] * pitch;
       group_weight[i] = weight[g.student[i]];
     }
-    for (int j = 0; j < n; ++j) group_t[j] = own_t + g.teacher[j] * pitch;
+    if (!as_they_are) {
+      for (int j = 0; j < g.n; ++j) group_t[j] = own_t + g.teacher[j] * pitch;
+      return group_of<A>(g, nullptr, group_t, r, position, mu);
+    }
+    for (int i = 0; i < g.m; ++i) from_s[i] = row_of(p.student[g.student[i]], position);
+    for (int j = 0; j < g.n; ++j) from_t[j] = row_of(p.teacher[g.teacher[j]], position);
+    switch (p.teacher_dtype) {
+      case Dtype::f32: return group_from<float>(g, r, position, mu);
+      case Dtype::f64: return group_from<double>(g, r, position, mu);
+      case Dtype::bf16: return group_from<Bf16>(g, r, position, mu);
+      case Dtype::f16: return group_from<Fp16>(g, r, position, mu);
+    }
+  }
+  template <class S>
+  void group_from(const Group& g, int64_t r, int64_t position, double mu) {
+    if constexpr (requires(const S* from, Vec<A> v) { v = load_wide(from); })
+      group_of<S>(g, reinterpret_cast<const S* const*>(from_s), reinterpret_cast<const S* const*>(from_t), r, position,
+                  mu);
+  }
+
+  // t are the teacher's rows. s are the student's hidden states where scratch does not hold these yet, or null.
+  template <class S>
+  void group_of(const Group& g, const S* const* s, const S* const* t, int64_t r, int64_t position, double mu) {
+    const int m = g.m, n = g.n;
     const int64_t ld = lanes(m);
     const bool varies = n > 1 && through_attention();
-    attend(g, r, position, mu);
+    attend(g, s, t, r, position, mu);
     if (p.normalize)
-      compare_normalised(g, position, mu);
+      compare_normalised(g, mu);
     else
-      compare(g, position, mu, varies);
+      compare(g, t, mu, varies);
     if (!with_gradient()) return;
     if (varies) {
       add_lanes(m, n, sums, products, ld);  // p_ij = <e_i, t_j>
@@ -286,13 +287,15 @@ class RowKernel {
       bases[i] = p.normalize ? student_side + g.student[i] * pitch : h[g.student[i]];
       out[i] = student_out + g.student[i] * pitch;
     }
-    const Combination<A> gradient{m, varies ? n : 0, bases, group_weight, group_t, coef, ld, out};
+    const Combination<A, S> gradient{m, varies ? n : 0, bases, group_weight, t, coef, ld, out};
     write_combination(gradient, p.student, g.student, p.student_dtype, position);
   }
 
   // The gradient rows of some layers: from the registers to memory, or by way of scratch rows where a row has to be
   // whole first ("mean"), is not wanted, or is not made of whole vectors.
-  void write_combination(const Combination<A>& c, const Layer* layers, const int* index, Dtype type, int64_t position) {
+  template <class S>
+  void write_combination(const Combination<A, S>& c, const Layer* layers, const int* index, Dtype type,
+                         int64_t position) {
     bool direct = p.pooling != Pooling::mean && width == p.D;
     for (int i = 0; i < c.m; ++i) direct &= layers[index[i]].grad != nullptr;
     if (direct) {
@@ -305,25 +308,18 @@ class RowKernel {
       }
     }
     if (direct) return;
-    each_block([&](Columns columns) {
-      combine(c, columns, ahead);
-      for (int i = 0; i < c.m; ++i) write(layers[index[i]], type, c.out[i], position, columns);
-    });
+    combine(c, width, ahead);
+    for (int i = 0; i < c.m; ++i) write(layers[index[i]], type, c.out[i], position);
   }
-  template <class T>
-  bool write_direct(const Combination<A>& c) {
-    if constexpr (requires(T* to) { narrow_vector(Vec<A>{}, to); }) {
+  template <class T, class S>
+  bool write_direct(const Combination<A, S>& c) {
+    // Rows of hidden states beside gradients of another dtype do not come about.
+    if constexpr ((same<S, A> || same<S, T>) && requires(T* to) { narrow_vector(Vec<A>{}, to); }) {
       T* const* to = reinterpret_cast<T* const*>(grad);
-      each_block([&](Columns columns) {
-        combine(Combination<A, T>{c.m, c.n, c.base, c.base_scale, c.x, c.coef, c.ld, to, p.stream}, columns, ahead);
-      });
+      combine(Combination<A, S, T>{c.m, c.n, c.base, c.base_scale, c.x, c.coef, c.ld, to, p.stream}, width, ahead);
       return true;
     }
     return false;
-  }
-
-  void clear_sums(int m, int n) {
-    for (int64_t k = 0; k < n * lanes(m); ++k) sums[k] = Vec<A>{};
   }
 
   // products: p_ij becomes c_ij = a_ij (p_ij - sum_j a_ij p_ij), coef = -2 w tau c_ij; the scale's gradient
@@ -350,19 +346,16 @@ class RowKernel {
   }
 
   // a_ij, and what return_details shows of it
-  void attend(const Group& g, int64_t r, int64_t position, double mu) {
+  template <class S>
+  void attend(const Group& g, const S* const* s, const S* const* t, int64_t r, int64_t position, double mu) {
     const int m = g.m, n = g.n;
     const int64_t ld = lanes(m);
     if (n == 1 || (p.scale == 0 && !p.scale_grad)) {  // constant, whatever the scores
       for (int64_t k = 0; k < n * ld; ++k) a[k] = A(1) / A(n);
+      for (int i = 0; s != nullptr && i < m; ++i)
+        gather_row(p.student[g.student[i]], p.student_dtype, group_s[i], position);
     } else {
-      clear_sums(m, n);
-      if (gathered || !gather_by_dots(g, position))
-        each_block([&](Columns c) {
-          if (!gathered) gather(position, c);
-          dots<false>(m, n, Operands<A>{group_s, group_t}, c, sums, ld, ahead);
-        });
-      gathered = true;
+      dots(m, n, Operands<A, S>{group_s, t, s}, width, sums, ahead);
       add_lanes(m, n, sums, z, ld);
       softmax(m, n);
     }
@@ -403,36 +396,31 @@ class RowKernel {
   }
 
   // e_i = s_i - sum_j a_ij t_j, its square into the loss; where the attention varies also sums of <e_i, t_j>
-  void compare(const Group& g, int64_t position, double mu, bool varies) {
+  template <class S>
+  void compare(const Group& g, const S* const* t, double mu, bool varies) {
     const int m = g.m, n = g.n;
-    const int64_t ld = lanes(m);
     for (int i = 0; i < m; ++i) {
-      h[g.student[i]] = rows[i] = out[i] = residual_rows + g.student[i] * pitch;
-      squares[i] = Vec<A>{};
+      h[g.student[i]] = errors + g.student[i] * pitch;
+      out[i] = with_gradient() ? h[g.student[i]] : nullptr;
     }
-    if (varies) clear_sums(m, n);
-    const Combination<A> difference{m, n, group_s, nullptr, group_t, a, ld, out};
-    each_block([&](Columns c) {
-      if (!gathered) gather(position, c);
-      residual(difference, c, squares, ahead);
-      if (varies) dots<false>(m, n, Operands<A>{rows, group_t}, c, sums, ld, ahead);
-    });
-    gathered = true;
+    const Residual<A, S> e{m, n, group_s, t, a, lanes(m), out, squares, sums, wide};
+    if (varies)
+      residual<true>(e, width, ahead);
+    else
+      residual<false>(e, width, ahead);
     for (int i = 0; i < m; ++i) partial.loss[g.student[i]] += mu * double(sum<A, kWidth<A>>(squares[i]));
   }
 
   // e = s/|s| - C/|C|; h_s and h_C are e carried back through the two normalisations:
   // P_x(e) = (e - x^ <x^, e>) / |x|, or e / eps where |x| < eps
-  void compare_normalised(const Group& g, int64_t position, double mu) {
+  void compare_normalised(const Group& g, double mu) {
     const int m = g.m, n = g.n;
     const int64_t ld = lanes(m);
     const double eps = 1e-12;
-    if (!gathered) gather(position, {0, width});
-    gathered = true;
     for (int i = 0; i < m; ++i) {
       const int student = g.student[i];
       const A* x = group_s[i];
-      A *c = combined + student * pitch, *e = residual_rows + student * pitch, *h_s = student_side + student * pitch;
+      A *c = combined + student * pitch, *e = errors + student * pitch, *h_s = student_side + student * pitch;
       combine_one(group_t[0], a[i], n - 1, group_t + 1, a + ld + i, ld, c);  // C
       const double length_x = __builtin_sqrt(double(dot(x, x, width))),
                    length_c = __builtin_sqrt(double(dot(c, c, width)));
@@ -450,12 +438,11 @@ class RowKernel {
       h[student] = rows[i] = e;
     }
     if (!(n > 1 && through_attention())) return;
-    clear_sums(m, n);
-    each_block([&](Columns c) { dots<false>(m, n, Operands<A>{rows, group_t}, c, sums, ld, ahead); });
+    dots(m, n, Operands<A, A>{rows, group_t}, width, sums, ahead);
   }
 
   void combine_one(const A* base, A base_factor, int n, const A* const* x, const A* c, int64_t ld, A* to) {
-    combine(Combination<A>{1, n, &base, &base_factor, x, c, ld, &to}, {0, width}, ahead);
+    combine(Combination<A>{1, n, &base, &base_factor, x, c, ld, &to}, width, ahead);
   }
 
   // dt_j = -2 sum_i w (a_ij h_i + tau c_ij s_i), for teacher layers that the same students attend to. It takes
@@ -518,7 +505,7 @@ class RowKernel {
       }
       const A share = A(weight_k / mean_total);
       for (int64_t d = 0; d < width; ++d) spare[d] = share * pooled[d];
-      pack(spare, type, row, {0, width}, p.D, p.stream);
+      pack(spare, type, row, p.D, p.stream);
     }
   }
 

@@ -4,7 +4,6 @@
 #define ALP_VECTOR_BYTES 64
 #define ALP_TILE_I 6
 #define ALP_TILE_J 4
-#define ALP_BLOCK_BYTES 16384
 #define ALP_TILE_D 4
 #include "row_kernel.h"
 

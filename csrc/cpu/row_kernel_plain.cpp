@@ -3,7 +3,6 @@
 #define ALP_VECTOR_BYTES 16
 #define ALP_TILE_I 2
 #define ALP_TILE_J 4
-#define ALP_BLOCK_BYTES 16384
 #define ALP_TILE_D 2
 #include "row_kernel.h"
 

@@ -200,53 +200,46 @@ inline void stream(void* p, V v) {
 template <class A, class T>
 constexpr bool kByVectors = sizeof(A) == 4 || sizeof(T) == 8;
 
-// Columns begin … end of every row of a product.
-struct Columns {
-  int64_t begin, end;
-};
-
-// Widen columns of a row of D elements into scratch, with zeros behind the row's end.
+// Widen a row of D elements into scratch of width, with zeros behind the row's end.
 template <class A, class T>
-void unpack_row(const T* row, A* out, Columns c, int64_t D) {
-  int64_t d = c.begin;
-  const int64_t end = c.end < D ? c.end : D;
+void unpack_row(const T* row, A* out, int64_t width, int64_t D) {
+  int64_t d = 0;
   if constexpr (sizeof(A) == 4 && sizeof(T) <= 4)
-    for (; d + kWidth<A> <= end; d += kWidth<A>) store(out + d, load_wide(row + d));
-  for (; d < end; ++d) out[d] = A(widen(row[d]));
-  for (; d < c.end; ++d) out[d] = 0;
+    for (; d + kWidth<A> <= D; d += kWidth<A>) store(out + d, load_wide(row + d));
+  for (; d < D; ++d) out[d] = A(widen(row[d]));
+  for (; d < width; ++d) out[d] = 0;
 }
 template <class A>
-void unpack(const char* row, Dtype type, A* out, Columns c, int64_t D) {
+void unpack(const char* row, Dtype type, A* out, int64_t width, int64_t D) {
   switch (type) {
-    case Dtype::f32: return unpack_row(reinterpret_cast<const float*>(row), out, c, D);
-    case Dtype::f64: return unpack_row(reinterpret_cast<const double*>(row), out, c, D);
-    case Dtype::bf16: return unpack_row(reinterpret_cast<const Bf16*>(row), out, c, D);
-    case Dtype::f16: return unpack_row(reinterpret_cast<const Fp16*>(row), out, c, D);
+    case Dtype::f32: return unpack_row(reinterpret_cast<const float*>(row), out, width, D);
+    case Dtype::f64: return unpack_row(reinterpret_cast<const double*>(row), out, width, D);
+    case Dtype::bf16: return unpack_row(reinterpret_cast<const Bf16*>(row), out, width, D);
+    case Dtype::f16: return unpack_row(reinterpret_cast<const Fp16*>(row), out, width, D);
   }
 }
 
-// Write columns of scratch to a gradient row of D elements, each rounded to nearest even.
+// Write scratch to a gradient row of D elements, each rounded to nearest even.
 template <class A, class T>
-void pack_row(const A* in, T* row, Columns c, int64_t D, bool past_caches) {
-  int64_t d = c.begin;
-  const int64_t end = c.end < D ? c.end : D;
+void pack_row(const A* in, T* row, int64_t D, bool past_caches) {
+  int64_t d = 0;
   if constexpr (kByVectors<A, T>) {
     if (past_caches)
-      for (; d + kWidth<A> <= end; d += kWidth<A>) stream(row + d, narrow_vector(load<Vec<A>>(in + d), row));
+      for (; d + kWidth<A> <= D; d += kWidth<A>) stream(row + d, narrow_vector(load<Vec<A>>(in + d), row));
     else
-      for (; d + kWidth<A> <= end; d += kWidth<A>) store(row + d, narrow_vector(load<Vec<A>>(in + d), row));
+      for (; d + kWidth<A> <= D; d += kWidth<A>) store(row + d, narrow_vector(load<Vec<A>>(in + d), row));
   }
-  for (; d < end; ++d) narrow(in[d], row + d);
+  for (; d < D; ++d) narrow(in[d], row + d);
 }
 template <class A>
-void pack(const A* in, Dtype type, char* row, Columns c, int64_t D, bool past_caches) {
+void pack(const A* in, Dtype type, char* row, int64_t D, bool past_caches) {
   switch (type) {
-    case Dtype::f32: return pack_row(in, reinterpret_cast<float*>(row), c, D, past_caches);
+    case Dtype::f32: return pack_row(in, reinterpret_cast<float*>(row), D, past_caches);
     case Dtype::f64:
-      if constexpr (sizeof(A) == 8) return pack_row(in, reinterpret_cast<double*>(row), c, D, past_caches);
+      if constexpr (sizeof(A) == 8) return pack_row(in, reinterpret_cast<double*>(row), D, past_caches);
       return;  // a float64 side computes in float64
-    case Dtype::bf16: return pack_row(in, reinterpret_cast<Bf16*>(row), c, D, past_caches);
-    case Dtype::f16: return pack_row(in, reinterpret_cast<Fp16*>(row), c, D, past_caches);
+    case Dtype::bf16: return pack_row(in, reinterpret_cast<Bf16*>(row), D, past_caches);
+    case Dtype::f16: return pack_row(in, reinterpret_cast<Fp16*>(row), D, past_caches);
   }
 }
 
