@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import measure, pictures, results, steps, tables
 from .cases import CLS, DTYPES, LOSS, POOLING, PROJECTION
-from .results import Row
+from .results import RIVALS, Row
 from .steps import verdict
 from .tables import markdown, number, seconds, size
 
@@ -78,7 +78,7 @@ def opponents(rows: Sequence[Row], mine: Row) -> list[Row]:
     """The rivals that were timed beside a row of ours."""
     return [
         row for row in rows
-        if row.kind in ("eager", "public", "compiled") and row.median_s is not None
+        if row.kind in RIVALS and row.median_s is not None
         and matches(row, run=mine.run, case=mine.case, dtype=mine.dtype, mode=mine.mode, gradient=mine.gradient,
                     padding=mine.padding)
     ]  # fmt: skip
@@ -223,16 +223,17 @@ def main_cases(rows: Sequence[Row]) -> str:
 
 def in_short(rows: list[Row], folder: str) -> str:
     """What README.md shows: the main cases on the GPU and on the CPU measured last, and a picture of the first."""
-    parts, devices = [], []
+    parts, shown = [], []
     for gpu in (True, False):
         some = [row for row in rows if is_gpu(row) == gpu and row.case in MAIN_CASES]
-        if some:
-            device = max(some, key=lambda row: row.run).device
-            here = [row for row in some if row.device == device]
+        device = max(some, key=lambda row: row.run).device if some else ""
+        here = [row for row in some if row.device == device]
+        table = main_cases(here)
+        if table:
             last = max(row.run for row in here)[:10]
-            parts += [f"{device}, {max(row.threads for row in here)} threads, {last}:", main_cases(here)]
-            devices.append(device)
-    return "\n\n".join([*parts, picture(f"{slug(devices[0])}-speedup", "Speed-up over the best rival", folder)])
+            parts += [f"{device}, {max(row.threads for row in here)} threads, {last}:", table]
+            shown.append(picture(f"{slug(device)}-speedup", "Speed-up over the best rival", folder))
+    return "\n\n".join([*parts, *shown[:1]]) or "No row for these yet."
 
 
 def slug(device: str) -> str:

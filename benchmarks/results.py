@@ -16,6 +16,7 @@ import torch
 import alpkd_fast
 
 RESULTS = Path(__file__).parent / "results"
+RIVALS = ("eager", "public", "compiled")  # the kinds that ours are compared with
 
 
 @dataclass

@@ -16,7 +16,7 @@ from . import measure, providers
 from .cases import DTYPES, Case, Inputs, make_inputs
 from .floor import Machine
 from .providers import Provider
-from .results import Row
+from .results import RIVALS, Row
 
 OTHER_GRADIENT = 0.37
 FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever computes them
@@ -289,7 +289,7 @@ def compare(rows: list[Row], by_wall: bool) -> None:
     def seconds(row: Row) -> float:
         return (row.wall_s if by_wall else row.median_s) or math.inf
 
-    opponents = [row for row in rows if row.kind in ("eager", "public", "compiled") and row.status == "ok"]
+    opponents = [row for row in rows if row.kind in RIVALS and row.status == "ok"]
     if not opponents:
         return
     best = min(opponents, key=seconds)

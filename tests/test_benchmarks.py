@@ -274,6 +274,15 @@ def test_the_document_is_what_the_report_writes():
         assert (DOCUMENT.parent / picture).exists(), picture
 
 
+def test_the_readme_takes_results_without_its_cases():
+    """As after `pytest benchmarks -m overhead` on a machine of one's own."""
+    from benchmarks import report
+
+    assert report.in_short([Row(device="a machine", suite="overhead", case="tiny", kind="ours")], "docs/pictures") == (
+        "No row for these yet."
+    )
+
+
 @pytest.mark.parametrize(("on_device", "time_said"), [(14e-6, "reached"), (16e-6, "missed")])
 @pytest.mark.parametrize(("factor", "replay_said"), [(12.0, "reached"), (8.0, "missed")])
 def test_cls_lines_of_a_gpu(on_device, time_said, factor, replay_said):

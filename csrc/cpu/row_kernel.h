@@ -8,6 +8,7 @@
 namespace alp::ALP_ISA {
 namespace {
 
+// std::is_same, without the C++ library (vec.h says why)
 template <class T, class U>
 constexpr bool same = false;
 template <class T>
