@@ -135,7 +135,7 @@ def _pool(layers, weights, pooling):
 
 
 def evaluate(call, student, teacher, mask=None, *, grad: float = 1.0, **options) -> dict[str, Tensor]:
-    """Outputs and gradients of ``call`` for an incoming gradient ``grad``, by name; layers are stacked."""
+    """Outputs and gradients of ``call`` for an incoming gradient ``grad``, by name; those of layers are stacked."""
     student, teacher = [_leaf(s) for s in student], [_leaf(t) for t in teacher]
     options = {k: _leaf(v) if isinstance(v, Tensor) else v for k, v in options.items()}
     output = call(student, teacher, mask, **options)
@@ -146,8 +146,8 @@ def evaluate(call, student, teacher, mask=None, *, grad: float = 1.0, **options)
         torch.autograd.backward(output.loss, torch.full_like(output.loss, grad), inputs=wanted)
     values = output._asdict()
     for name, layers in inputs.items():
-        if all(x.requires_grad for x in layers):
-            values[name] = torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in layers])
+        if given := [torch.zeros_like(x) if x.grad is None else x.grad for x in layers if x.requires_grad]:
+            values[name] = torch.stack(given)
     return {name: value.detach() for name, value in values.items()}
 
 

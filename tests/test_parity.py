@@ -72,6 +72,31 @@ def test_gradients_larger_than_the_caches(backend, pooling, threads, request):
     assert_as_exact(backend, student, teacher, mask, pooling=pooling)
 
 
+WHOLE_VECTORS = {
+    "token": {},
+    "cls": {"pooling": "cls"},
+    "last": {"pooling": "last"},
+    "single layers": {"layer_map": [[0], [1], [3]]},
+    "single layers and groups": {"layer_map": [[0], [1, 3], [2, 3]]},
+    "average": {"scale": 0.0},
+    "detached": {"detach_attention": True},
+    "scaled": {"scale": 2.0, "layer_weights": [1.0, 0.0, 2.0]},
+}
+
+
+@pytest.mark.parametrize("dtypes", ["f32-f32", "bf16-bf16", "f16-f16", "bf16-f32"])
+@pytest.mark.parametrize("wanted", ["student", "some", "both"])
+@pytest.mark.parametrize("options", WHOLE_VECTORS.values(), ids=WHOLE_VECTORS)
+def test_rows_of_whole_vectors(backend, options, wanted, dtypes):
+    """Backends may read such rows where they lie, and bf16 two vectors at a time."""
+    student, teacher = both_sides(3, 4, (2, 5), 64, dtypes, device=backend.device)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], device=backend.device)
+    student[1].requires_grad_(wanted != "some")
+    for h in teacher:
+        h.requires_grad_(wanted == "both")
+    assert_as_exact(backend, student, teacher, mask, **options)
+
+
 @pytest.mark.parametrize("sides", ["student", "teacher", "both", "neither", "some"])
 def test_gradients_only_where_wanted(backend, sides):
     student, teacher = both_sides(3, 4, (5,), 12, device=backend.device)

@@ -77,6 +77,7 @@ struct Operands {
 
 template <int kI, int kJ, bool kFirst, class A, class S>
 ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* teachers, int64_t width, Vec<A>* sums) {
+  constexpr int W = kWidth<A>;
   // Local copies, which no store can change as far as the compiler knows.
   A* x[kI];
   const S *from_x[kI] = {}, *t[kJ];
@@ -92,22 +93,25 @@ ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* 
     ALP_UNROLL
     for (int i = 0; i < kI; ++i) acc[j][i] = Vec<A>{};
   }
-  for (int64_t d = 0; d < width; d += kWidth<A>) {
-    Vec<A> b_x[kI];
+  for (int64_t d = 0; d < width; d += kSpan<S> * W) {
     ALP_UNROLL
-    for (int i = 0; i < kI; ++i) {
-      if constexpr (kFirst) {
-        b_x[i] = load_wide(from_x[i] + d);
-        store(x[i] + d, b_x[i]);
-      } else {
-        b_x[i] = load<Vec<A>>(x[i] + d);
-      }
-    }
-    ALP_UNROLL
-    for (int j = 0; j < kJ; ++j) {
-      const Vec<A> b_t = load_wide(t[j] + d);
+    for (int v = 0; v < kSpan<S>; ++v) {
+      Vec<A> b_x[kI];
       ALP_UNROLL
-      for (int i = 0; i < kI; ++i) acc[j][i] += b_x[i] * b_t;
+      for (int i = 0; i < kI; ++i) {
+        if constexpr (kFirst) {
+          b_x[i] = load_wide(from_x[i] + d, v);
+          store(x[i] + d + v * W, b_x[i]);
+        } else {
+          b_x[i] = load<Vec<A>>(x[i] + d + v * W);
+        }
+      }
+      ALP_UNROLL
+      for (int j = 0; j < kJ; ++j) {
+        const Vec<A> b_t = load_wide(t[j] + d, v);
+        ALP_UNROLL
+        for (int i = 0; i < kI; ++i) acc[j][i] += b_x[i] * b_t;
+      }
     }
   }
   ALP_UNROLL
@@ -202,7 +206,7 @@ ALP_INLINE void residual_tile(const Residual<A, S>& r, const A* const* s, const 
     for (int i = 0; i < kI; ++i) b_coef[i] = coef[i] - Vec<A>{};  // broadcast
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) {
-      const Vec<A> b_t = load_wide(t_j + v * W);
+      const Vec<A> b_t = load_wide(t_j, v);
       if constexpr (kProducts) r.wide[j * kD + v] = b_t;
       ALP_UNROLL
       for (int i = 0; i < kI; ++i) e[i][v] = e[i][v] - b_t * b_coef[i];
@@ -260,7 +264,7 @@ ALP_TILE_FUNCTION void residual_rows(const Residual<A, S>& r, int i0, int64_t wi
     ahead.step();
     residual_tile<kProducts, kI, ALP_TILE_D>(local, s, coef, out, d, squares, sums);
   }
-  for (; d < width; d += W) residual_tile<kProducts, kI, 1>(local, s, coef, out, d, squares, sums);
+  for (; d < width; d += kSpan<S> * W) residual_tile<kProducts, kI, kSpan<S>>(local, s, coef, out, d, squares, sums);
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) r.squares[i0 + i] = squares[i];
 }
@@ -303,7 +307,7 @@ ALP_INLINE void combine_tile(const Combination<A, S, T>& c, const A* const* base
     for (int i = 0; i < kI; ++i) b_coef[i] = coef[i] - Vec<A>{};
     ALP_UNROLL
     for (int v = 0; v < kD; ++v) {
-      const Vec<A> b_x = load_wide(x_k + v * W);
+      const Vec<A> b_x = load_wide(x_k, v);
       ALP_UNROLL
       for (int i = 0; i < kI; ++i) acc[i][v] = acc[i][v] + b_x * b_coef[i];
     }
@@ -311,11 +315,11 @@ ALP_INLINE void combine_tile(const Combination<A, S, T>& c, const A* const* base
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) {
     ALP_UNROLL
-    for (int v = 0; v < kD; ++v) {
-      if (c.past_caches && sizeof(T) == sizeof(A))  // half vectors go faster through the caches
-        stream(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
+    for (int v = 0; v < kD; v += kSpan<T>) {
+      if (c.past_caches && sizeof(T) == sizeof(A))  // 16-bit rows go faster through the caches
+        stream(out[i] + d + v * W, narrow_vectors(acc[i] + v, out[i]));
       else
-        store(out[i] + d + v * W, narrow_vector(acc[i][v], out[i]));
+        store(out[i] + d + v * W, narrow_vectors(acc[i] + v, out[i]));
     }
   }
 }
@@ -339,7 +343,8 @@ ALP_TILE_FUNCTION void combine_rows(const Combination<A, S, T>& c, int i0, int64
     ahead.step();
     combine_tile<kI, ALP_TILE_D>(local, base, base_scale, coef, out, d);
   }
-  for (; d < width; d += W) combine_tile<kI, 1>(local, base, base_scale, coef, out, d);
+  constexpr int kRest = kSpan<S> > kSpan<T> ? kSpan<S> : kSpan<T>;
+  for (; d < width; d += kRest * W) combine_tile<kI, kRest>(local, base, base_scale, coef, out, d);
 }
 
 template <class A, class S, class T>

@@ -95,10 +95,11 @@ class RowKernel {
     all_c = arena.take<A>(p.teacher_grad ? m * n : 0);
 
     width = (p.D + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
+    const int64_t whole = (p.teacher_dtype == Dtype::bf16 ? kSpan<PairedBf16> : 1) * kWidth<A>;
+    as_they_are = p.student_dtype == p.teacher_dtype && p.D % whole == 0 && p.pooling != Pooling::mean && !p.normalize;
     constexpr int64_t kStep = 512 / sizeof(A);
     pitch = ((width + kStep - 1) / kStep | 1) * kStep;  // an odd multiple of 512 bytes spreads the rows over the sets
     own_s = arena.take<A>(m * pitch);
-    as_they_are = p.student_dtype == p.teacher_dtype && width == p.D && p.pooling != Pooling::mean && !p.normalize;
     own_t = arena.take<A>(as_they_are && !p.teacher_grad ? 0 : n * pitch);
     errors = arena.take<A>(m * pitch);
     spare = arena.take<A>(pitch);
@@ -148,13 +149,27 @@ class RowKernel {
   A *all_a, *all_c;              // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
   int64_t width, pitch;          // D in whole vectors, from one scratch row to the next
   A *own_s, *own_t, *errors, *spare, *combined, *student_side, *student_out;  // scratch rows
-  bool as_they_are;       // the teacher's rows are read from the hidden states
+  bool as_they_are;       // the teacher's rows are read from the hidden states; bf16 in pairs
   double mean_total = 0;  // sum of the weights of a "mean" row
 
   static constexpr int kLanes = kWidth<A> < 4 ? 4 : kWidth<A>;
   static int64_t lanes(int m) { return (m + kLanes - 1) / kLanes * kLanes; }
   bool with_gradient() const { return p.student_grad || p.teacher_grad || p.scale_grad; }
   bool through_attention() const { return with_gradient() && !p.detach && (p.scale != 0 || p.scale_grad); }
+
+  // Calls f with a null pointer to the type that stands for rows of the dtype. With rows as they are scratch rows have
+  // the order of columns of PairedBf16 too.
+  template <class F>
+  void with_type(Dtype type, F f) const {
+    switch (type) {
+      case Dtype::f32: return f(static_cast<float*>(nullptr));
+      case Dtype::f64:
+        if constexpr (sizeof(A) == 8) f(static_cast<double*>(nullptr));
+        return;  // a float64 side computes in float64
+      case Dtype::bf16: return as_they_are ? f(static_cast<PairedBf16*>(nullptr)) : f(static_cast<Bf16*>(nullptr));
+      case Dtype::f16: return f(static_cast<Fp16*>(nullptr));
+    }
+  }
 
   // The row's weight, and its position among the (*lead) rows (of its first for "mean").
   int64_t locate(int64_t r, double* mu) {
@@ -183,7 +198,7 @@ class RowKernel {
       if (p.teacher_active[j]) gather_row(p.teacher[j], p.teacher_dtype, own_t + j * pitch, position);
   }
   void gather_row(const Layer& layer, Dtype type, A* own, int64_t position) {
-    unpack(row_of(layer, position), type, own, width, p.D);
+    with_type(type, [&]<class T>(T*) { unpack(reinterpret_cast<const T*>(row_of(layer, position)), own, width, p.D); });
   }
 
   void gather_mean(int64_t position) {
@@ -198,7 +213,7 @@ class RowKernel {
       const double weight_k = row_weight(p, position + k);
       if (weight_k == 0) continue;
       const A share = A(weight_k / mean_total);
-      unpack(row_of(layer, position + k), type, spare, width, p.D);
+      gather_row(layer, type, spare, position + k);
       for (int64_t d = 0; d < width; ++d) own[d] += share * spare[d];
     }
   }
@@ -230,7 +245,10 @@ class RowKernel {
   // A layer's gradient row from scratch to memory; a "mean" row is spread later.
   void write(const Layer& layer, Dtype type, const A* row, int64_t position) {
     if (layer.grad == nullptr || p.pooling == Pooling::mean) return;
-    pack(row, type, layer.grad + position * p.D * dtype_size(type), p.D, p.stream);
+    write_row(layer.grad + position * p.D * dtype_size(type), type, row);
+  }
+  void write_row(char* at, Dtype type, const A* row) const {
+    with_type(type, [&]<class T>(T*) { pack(row, reinterpret_cast<T*>(at), p.D, p.stream); });
   }
 
   // One dense block of the attention: students that attend to the same teachers.
@@ -245,18 +263,11 @@ class RowKernel {
     }
     for (int i = 0; i < g.m; ++i) from_s[i] = row_of(p.student[g.student[i]], position);
     for (int j = 0; j < g.n; ++j) from_t[j] = row_of(p.teacher[g.teacher[j]], position);
-    switch (p.teacher_dtype) {
-      case Dtype::f32: return group_from<float>(g, r, position, mu);
-      case Dtype::f64: return group_from<double>(g, r, position, mu);
-      case Dtype::bf16: return group_from<Bf16>(g, r, position, mu);
-      case Dtype::f16: return group_from<Fp16>(g, r, position, mu);
-    }
-  }
-  template <class S>
-  void group_from(const Group& g, int64_t r, int64_t position, double mu) {
-    if constexpr (requires(const S* from, Vec<A> v) { v = load_wide(from); })
-      group_of<S>(g, reinterpret_cast<const S* const*>(from_s), reinterpret_cast<const S* const*>(from_t), r, position,
-                  mu);
+    with_type(p.teacher_dtype, [&]<class S>(S*) {
+      if constexpr (!same<S, Bf16> && requires(const S* from, Vec<A> v) { v = load_wide(from, 0); })
+        group_of<S>(g, reinterpret_cast<const S* const*>(from_s), reinterpret_cast<const S* const*>(from_t), r,
+                    position, mu);
+    });
   }
 
   // t are the teacher's rows. s are the student's hidden states where scratch does not hold these yet, or null.
@@ -301,12 +312,7 @@ class RowKernel {
     for (int i = 0; i < c.m; ++i) direct &= layers[index[i]].grad != nullptr;
     if (direct) {
       for (int i = 0; i < c.m; ++i) grad[i] = layers[index[i]].grad + position * p.D * dtype_size(type);
-      switch (type) {
-        case Dtype::f32: direct = write_direct<float>(c); break;
-        case Dtype::f64: direct = write_direct<double>(c); break;
-        case Dtype::bf16: direct = write_direct<Bf16>(c); break;
-        case Dtype::f16: direct = write_direct<Fp16>(c); break;
-      }
+      with_type(type, [&]<class T>(T*) { direct = write_direct<T>(c); });
     }
     if (direct) return;
     combine(c, width, ahead);
@@ -315,7 +321,7 @@ class RowKernel {
   template <class T, class S>
   bool write_direct(const Combination<A, S>& c) {
     // Rows of hidden states beside gradients of another dtype do not come about.
-    if constexpr ((same<S, A> || same<S, T>) && requires(T* to) { narrow_vector(Vec<A>{}, to); }) {
+    if constexpr ((same<S, A> || same<S, T>) && requires(const Vec<A>* from, T* to) { narrow_vectors(from, to); }) {
       T* const* to = reinterpret_cast<T* const*>(grad);
       combine(Combination<A, S, T>{c.m, c.n, c.base, c.base_scale, c.x, c.coef, c.ld, to, p.stream}, width, ahead);
       return true;
@@ -506,7 +512,7 @@ class RowKernel {
       }
       const A share = A(weight_k / mean_total);
       for (int64_t d = 0; d < width; ++d) spare[d] = share * pooled[d];
-      pack(spare, type, row, p.D, p.stream);
+      write_row(row, type, spare);
     }
   }
 
