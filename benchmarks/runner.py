@@ -210,12 +210,14 @@ def forms_to_compile(session: Session, case: Case, dtype: str, mode: str) -> lis
 
 
 def best_compiled(case: Case, dtype: str, device: torch.device) -> tuple[str, ...]:
-    """The best forms under torch.compile, as full runs on a CPU show; on a GPU those that may be. For more than a
-    hundred pairs of layers the compiler takes minutes over the form with a product for each."""
+    """The best forms under torch.compile, as full runs show on a CPU; on a GPU the better of the two that were tried,
+    and one that may be. For hundreds of pairs of layers the form with a product for each takes minutes to compile."""
     few = case.pairs <= 100
     if device.type == "cuda":
         return ("einsum", "pairs") if few else ("bmm", "einsum")
-    return ("bmm", "pairs") if few and dtype != "fp32" else ("bmm",)
+    if dtype == "fp32":
+        return ("einsum", "pairs") if case.pairs <= 30 else ("einsum",)
+    return ("bmm", "pairs") if few else ("bmm", "einsum")
 
 
 def run_case(session: Session, case: Case, dtype: str, mode: str) -> list[Row]:

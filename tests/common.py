@@ -73,7 +73,7 @@ def spec_loss(
     for i, s in enumerate(rows_s):
         omega = 1.0 if layer_weights is None else float(layer_weights[i])
         if omega == 0 or not counted.any():
-            losses.append(sum(s.sum() * 0 for s in rows_s) + sum(t.sum() * 0 for t in rows_t))
+            losses.append(sum(x.sum() * 0 for x in (*rows_s, *rows_t, tau)))
             entropies.append(torch.zeros((), dtype=dtype, device=mu.device))
             continue
         allowed = list(range(n)) if isinstance(layer_map, str) else list(layer_map[i])

@@ -2,13 +2,14 @@
 
 import torch
 from common import DTYPE_PAIRS, assert_as_exact, dtype_pair, hidden_states
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 
 @st.composite
 def problems(draw):
-    m, n, D = draw(st.integers(1, 7)), draw(st.integers(1, 8)), draw(st.integers(1, 40))
+    m, n = draw(st.integers(1, 7)), draw(st.integers(1, 8))
+    D = draw(st.integers(1, 40) | st.sampled_from([32, 64]))
     pooling = draw(st.sampled_from(["token", "token", "cls", "last", "mean"]))
     lead = draw(st.lists(st.integers(1, 4), min_size=1 if pooling == "token" else 2, max_size=3))
     dtypes = draw(st.sampled_from(DTYPE_PAIRS))
@@ -20,6 +21,7 @@ def problems(draw):
         "reduction": draw(st.sampled_from(["mean", "sum"])),
         "grad": draw(st.sampled_from([1.0, 1.0, -0.5, 64.0])),
     }
+    assume(D > 1 or not options["normalize"])  # numbers over their absolute values: the loss is 0, but for rounding
     if draw(st.booleans()):
         options["layer_map"] = [draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True).map(sorted))
                                 for _ in range(m)]  # fmt: skip
