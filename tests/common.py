@@ -54,7 +54,8 @@ def spec_loss(
 ) -> ALPOutput:  # fmt: skip
     """The loss in the dtype of its inputs, written apart from the package; ``layer_map`` is "all" or a table.
 
-    ``probe`` receives the largest score, and the scale with an element for each score.
+    ``probe`` receives the largest score, how many times larger than e the terms of this difference are, and the scale
+    with an element for each score.
     """
     dtype = student[0].dtype
     m, n, D = len(student), len(teacher), student[0].shape[-1]
@@ -66,7 +67,7 @@ def spec_loss(
     rows_s, rows_t, counted_mu = [s[counted] for s in rows_s], [t[counted] for t in rows_t], mu[counted]
     tau = torch.as_tensor(D**-0.5 if scale is None else scale, dtype=dtype, device=mu.device).expand(m, len(mu), n)
     probe = {} if probe is None else probe
-    probe |= {"scores": 0.0, "tau": tau}
+    probe |= {"scores": 0.0, "lost": 0.0, "tau": tau}
     total = mu.sum()
     N = 1.0 if reduction == "sum" else m * D * (total if normalizer is None else normalizer)
     losses, entropies, attention = [], [], torch.zeros(m, len(mu), n, dtype=dtype, device=mu.device)
@@ -84,7 +85,9 @@ def spec_loss(
         a = weight / weight.sum(-1, keepdim=True)
         a = a.detach() if detach_attention else a
         combined = sum(a[:, k, None] * t for k, t in enumerate(targets))
-        e = _unit(s) - _unit(combined) if normalize else s - combined
+        whole, combined = (_unit(s), _unit(combined)) if normalize else (s, combined)
+        e = whole - combined
+        probe["lost"] = max(probe["lost"], (whole.abs().max() / e.abs().max().clamp_min(1e-300)).item())
         losses.append(omega * (counted_mu * (e * e).sum(-1)).sum() / N)
         a = a.detach()
         for k, j in enumerate(allowed):
@@ -173,7 +176,7 @@ def _cast(x, dtype):
 
 
 def in_dtype(dtype, student, teacher, mask=None, **options) -> dict[str, Tensor]:
-    """``spec_loss`` in a dtype, with the largest score and the sum of |d loss / d score * score| / scale."""
+    """``spec_loss`` in a dtype, with what its probe receives and the sum of |d loss / d score * score| / scale."""
     student, teacher = [_cast(s, dtype) for s in student], [_cast(t, dtype) for t in teacher]
     probe = {}
 
@@ -185,7 +188,11 @@ def in_dtype(dtype, student, teacher, mask=None, **options) -> dict[str, Tensor]
 
     values = evaluate(probed, student, teacher, mask, **{k: _cast(v, dtype) for k, v in options.items()})
     slopes = probe["tau"].grad if probe["tau"].requires_grad else None
-    return values | {"scores": probe["scores"], "slopes": 0.0 if slopes is None else slopes.abs().sum().item()}
+    return values | {
+        "scores": probe["scores"],
+        "lost": probe["lost"],
+        "slopes": 0.0 if slopes is None else slopes.abs().sum().item(),
+    }
 
 
 # ---- The tolerance rule -------------------------------------------------------------------------------
@@ -197,15 +204,17 @@ def assert_as_exact(backend, student, teacher, mask=None, **options) -> dict[str
     error <= 2 * error(plain PyTorch, in the compute dtype, on the same inputs)
              + 16 (1 + largest score) roundings in the compute dtype, of the largest value: sums in another order,
                and a softmax passes on the absolute error of its scores; in float64, where the truth is rounded
-               too and plain PyTorch's error is not known, as many more as a sum has terms
+               too and plain PyTorch's error is not known, as many more as a sum has terms, and as e loses digits
              + one unit in the last place of the dtype that the value is stored in.
     """
     compute = torch.promote_types(torch.promote_types(student[0].dtype, teacher[0].dtype), torch.float32)
     got = evaluate(backend.details, student, teacher, mask, **options)
     want = in_dtype(torch.float64, student, teacher, mask, **options)
     eager = in_dtype(compute, student, teacher, mask, **options)
-    roundings = 16 + (student[0].shape[-1] + student[0][..., 0].numel() if compute == torch.float64 else 0)
-    scores, slopes = want.pop("scores"), want.pop("slopes")  # slopes: the terms of the scale's gradient
+    scores, slopes, lost = want.pop("scores"), want.pop("slopes"), want.pop("lost")  # slopes: terms of d_scale
+    roundings = 16
+    if compute == torch.float64:
+        roundings = (roundings + student[0].shape[-1] + student[0][..., 0].numel()) * (1 + lost)
     floor = roundings * (1 + scores) * backend.unit(student[0].dtype, teacher[0].dtype)
     assert got.keys() == want.keys()
     for name, exact in want.items():
