@@ -70,9 +70,9 @@ def check(backend, problem):
 
 
 def test_random_problems(backend):
-    few = backend.name == "triton"  # each problem is compiled, or interpreted
+    count = 15 if backend.interpreted else 150
 
-    @settings(max_examples=15 if few else 150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(problems())
     def random_problem(problem):
         check(backend, problem)
