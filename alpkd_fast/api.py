@@ -129,7 +129,8 @@ def alp_loss(
         Gradients have each input's dtype.
 
     Raises:
-        ValueError, TypeError: an argument that is not allowed; the message names it and the remedy.
+        ValueError, TypeError: an argument that is not allowed; the message names it and the remedy. Values that lie
+            on a GPU are looked at only with ALPKD_FAST_CHECK=1, which waits for it.
         RuntimeError: an explicit backend that cannot run; the message says why.
 
     Source: Passban, Wu, Rezagholizadeh, Liu, "ALP-KD: Attention-Based Layer Projection for Knowledge
