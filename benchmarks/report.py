@@ -204,7 +204,8 @@ def section(device: str, rows: list[Row], pictures_folder: Path) -> str:
     ):
         parts += [f"### {title}", table] if table else []
     timed = [row for row in full if row.suite in ("loss", "cls", "pooling", "projection")]
-    parts += ["### All rows", markdown(tables.HEADER, map(tables.cells, timed))]
+    every = markdown(tables.HEADER, map(tables.cells, timed))
+    parts += ["### All rows", f"<details><summary>{len(timed)} rows</summary>\n\n{every}\n\n</details>"]
     return "\n\n".join(part for part in parts if part)
 
 
