@@ -72,7 +72,7 @@ def one_step(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     options = {**CASES[case], **changes}
     hidden_size, mlm = options.pop("hidden_size", None), options.pop("mlm", False)
-    padding_from = options.pop("padding_from", GLOBAL_BATCH)
+    padding_from, compiler = options.pop("padding_from", GLOBAL_BATCH), options.pop("torch_compile_backend", None)
     tokenizer = make_tokenizer()
     rows = encode(sentences(GLOBAL_BATCH, seed=3), TASKS["sst2"], tokenizer, 32)
     for index, row in enumerate(rows):
@@ -92,6 +92,7 @@ def one_step(
             gradient_accumulation_steps=accumulation,
             train_sampling_strategy="sequential",
             max_grad_norm=0.0,
+            torch_compile_backend=compiler,
             logging_steps=1,
             save_strategy="no",
             use_cpu=True,

@@ -66,6 +66,14 @@ def test_teacher_in_parts_is_one_large_batch(case, whole, tmp_path):
     assert_same(one_step(case, GLOBAL_BATCH, 1, tmp_path, teacher_batch_size=3), whole[case])
 
 
+def test_compiled_models_are_the_plain_ones(whole, tmp_path):
+    """The capture and the loss are traced with the model; four batches of different lengths run through it. What the
+    compiler makes of the graphs is tested with the loss, and would take minutes here."""
+    torch._dynamo.reset()
+    case = "teacher-in-parts"
+    assert_same(one_step(case, GLOBAL_BATCH // 4, 4, tmp_path, torch_compile_backend="aot_eager"), whole[case])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one_large_batch(case, whole, two_ranks):
     """With accumulation, uneven lengths, φ; in "half-padding" one rank has nothing but padding."""
