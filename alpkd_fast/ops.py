@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .problem import POOLINGS, Problem
+from .reference import last_position
 
 _SCHEMA = (
     "(Tensor[] student, Tensor[] teacher, Tensor? row_weights, int pooling, int[] map_counts, int[] map_layers,"
@@ -165,7 +166,10 @@ class _FusedLoss(torch.autograd.Function):
         )  # fmt: skip
         ctx.mark_non_differentiable(layer_losses, attention, entropy)
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
+        ctx.backend, ctx.pooling = backend, POOLINGS[pooling]
+        found_by_weights = backend == "cpu" and ctx.pooling == "last" and row_weights is not None
+        # A copy: the caller may change its mask before the backward.
+        ctx.row_weights = row_weights.clone() if found_by_weights and not torch.compiler.is_compiling() else None
         ctx.scale_dtype = None if scale_tensor is None else scale_tensor.dtype
         ctx.save_for_backward(grad_factor, d_scale, *d_student, *d_teacher)
         return loss, layer_losses, attention, entropy
@@ -176,7 +180,7 @@ class _FusedLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         if grad_loss is None:
             return (None,) * len(wanted)
-        gradients = _scaled(ctx.backend, stored, grad_loss, grad_factor)
+        gradients = _scaled(ctx, stored, grad_loss, grad_factor)
         if wanted[3]:
             gradients = [(d_scale * grad_loss).to(ctx.scale_dtype), *gradients]
         if torch.is_grad_enabled():  # create_graph=True
@@ -185,7 +189,7 @@ class _FusedLoss(torch.autograd.Function):
         return None, None, None, *(next(remaining) if w else None for w in wanted[3:])
 
 
-def _scaled(backend: str, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
+def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
     """Multiply the stored gradients by the incoming gradient and the factor left out of fp16 storage.
 
     Outside a compiled graph, and only while the graph is being freed (a kept one needs the stored tensors
@@ -193,8 +197,8 @@ def _scaled(backend: str, stored: list[Tensor], grad_loss: Tensor, grad_factor: 
     On a GPU one launch reads the factor there and ends at once if it is 1.
     """
     freed = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
-    if freed and stored and backend in SCALING_BACKENDS:
-        getattr(torch.ops.alpkd_fast, f"scale_gradients_{backend}").default(stored, grad_loss, grad_factor)
+    if freed and stored and ctx.backend in SCALING_BACKENDS:
+        getattr(torch.ops.alpkd_fast, f"scale_gradients_{ctx.backend}").default(stored, grad_loss, grad_factor)
         return stored
     factor = grad_loss * grad_factor
     has_value = factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none
@@ -204,7 +208,22 @@ def _scaled(backend: str, stored: list[Tensor], grad_loss: Tensor, grad_factor: 
     value = factor.item()
     if not freed:
         return [g * value for g in stored]
-    return stored if value == 1.0 else [g.mul_(value) for g in stored]
+    if value != 1.0:
+        _multiply(stored, value, ctx.pooling, ctx.row_weights)
+    return stored
+
+
+def _multiply(stored: list[Tensor], value: float, pooling: str, row_weights: Tensor | None) -> None:
+    """Multiply in place. Where one token of a sequence is compared, the gradients of the others are zeros: no pass."""
+    if pooling == "last" and row_weights is not None:
+        last = last_position(row_weights != 0).flatten()
+        index = last + row_weights.shape[-1] * torch.arange(len(last), device=last.device)
+        for g in stored:
+            rows = g.view(-1, g.shape[-1])
+            rows[index] = rows[index] * value
+        return
+    for g in stored:
+        (g.select(-2, 0 if pooling == "cls" else -1) if pooling in ("cls", "last") else g).mul_(value)
 
 
 def forbid_second_derivative(gradients: list[Tensor]) -> list[Tensor]:

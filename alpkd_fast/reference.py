@@ -94,8 +94,7 @@ def pool_layers(
     if pooling == "cls":
         layers, weights = [h[..., 0, :] for h in layers], weights[..., 0]
     elif pooling == "last":
-        position = torch.arange(lead[-1], device=weights.device)
-        last = torch.where(valid, position, 0).amax(-1)[..., None, None]  # (..., 1, 1)
+        last = last_position(valid)[..., None, None]  # (..., 1, 1)
         layers = [h.take_along_dim(last, dim=-2).squeeze(-2) for h in layers]
         weights = valid.any(-1).to(dtype)
     elif pooling == "mean":
@@ -107,3 +106,8 @@ def pool_layers(
         return [h.to(dtype) for h in layers], weights
     counted = (weights != 0)[..., None]
     return [torch.where(counted, h.to(dtype), 0.0) for h in layers], weights
+
+
+def last_position(counted: Tensor) -> Tensor:
+    """The last True of each sequence (..., S): indices (...), 0 where there is none."""
+    return torch.where(counted, torch.arange(counted.shape[-1], device=counted.device), 0).amax(-1)

@@ -20,6 +20,29 @@ def test_incoming_gradient(backend, dtypes, grad):
     assert_as_exact(backend, student, teacher, scale=scale, grad=grad)
 
 
+MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]).view(2, 2, 4)
+
+
+@pytest.mark.parametrize("dtypes", ["f32-f32", "f16-f16"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+def test_incoming_gradient_of_pooled_rows(backend, pooling, masked, dtypes):
+    student, teacher = both_sides(2, 3, MASK.shape, 6, dtypes, device=backend.device)
+    mask = MASK.to(backend.device) if masked else None
+    assert_as_exact(backend, student, teacher, mask, pooling=pooling, grad=0.3)
+
+
+@pytest.mark.parametrize("pooling", ["token", "cls", "last", "mean"])
+def test_mask_changed_after_the_forward_does_not_matter_to_a_fused_backend(fused, pooling):
+    student, teacher = both_sides(2, 3, MASK.shape, 6, "f32-f32", device=fused.device)
+    mask = MASK.to(fused.device)
+    want = torch.autograd.grad(0.3 * fused(student, teacher, mask, pooling=pooling), [*student, *teacher])
+    loss = 0.3 * fused(student, teacher, mask, pooling=pooling)
+    mask.fill_(1)
+    for got, expected in zip(torch.autograd.grad(loss, [*student, *teacher]), want, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_second_call_with_retain_graph(backend, dtypes, factor):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..problem import POOLINGS
+from ..reference import last_position
 from .blocks import find_blocks, unwrap
 from .tap import Pooling, tap
 
@@ -190,8 +191,7 @@ def _pooling(kind: str, mask: Tensor | None, h: Tensor) -> tuple[Tensor | None, 
     if kind == "last":
         if mask is None:
             return None, Pooling(kind, h.new_full(h.shape[:-2], h.shape[-2] - 1, dtype=torch.int64))
-        position = torch.arange(h.shape[-2], device=h.device)
-        return (mask != 0).any(-1), Pooling(kind, torch.where(mask != 0, position, 0).amax(-1))
+        return (mask != 0).any(-1), Pooling(kind, last_position(mask != 0))
     dtype = torch.promote_types(h.dtype, torch.float32)
     weights = h.new_ones(h.shape[:-1], dtype=dtype) if mask is None else mask.to(dtype)
     total = weights.sum(-1, keepdim=True)
