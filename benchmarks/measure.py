@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, -1)  # never: a rival's peak may exceed the 2 GiB that the number could say
 
 
 def map_large_tensors() -> None:
