@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing  # torch alone does not load it
 from common import both_sides, hidden_states
 
 OPTIONS = {
