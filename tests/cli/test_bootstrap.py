@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 np = pytest.importorskip("numpy")
-paired_interval = pytest.importorskip("alpkd_fast.cli.sweep_report").paired_interval
+pytest.importorskip("transformers", reason="needs the extra [hf]")
+
+from alpkd_fast.cli.sweep_report import paired_interval  # noqa: E402
 
 
 def accuracy(predicted, truth):
