@@ -222,8 +222,10 @@ def _multiply(stored: list[Tensor], value: float, pooling: str, row_weights: Ten
             rows = g.view(-1, g.shape[-1])
             rows[index] = rows[index] * value
         return
+    if pooling in ("cls", "last"):
+        stored = [g.select(-2, 0 if pooling == "cls" else -1) for g in stored]
     for g in stored:
-        (g.select(-2, 0 if pooling == "cls" else -1) if pooling in ("cls", "last") else g).mul_(value)
+        g.mul_(value)
 
 
 def forbid_second_derivative(gradients: list[Tensor]) -> list[Tensor]:

@@ -87,13 +87,15 @@ def test_info_reports_every_backend(capsys):
         assert line.endswith("usable" if reason is None else reason)
 
 
+def variables(files, pattern):
+    return {name for file in files for name in re.findall(pattern, file.read_text(encoding="utf8"))}
+
+
 def test_every_environment_variable_is_documented():
     """What the sources read, the documents name, and nothing else."""
-    read, named = set(), set()
+    sources = [ROOT / "setup.py"]
     for folder in ("alpkd_fast", "kernels", "csrc"):
-        for source in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.cu"), *(ROOT / folder).rglob("*.cpp")]:
-            read |= set(re.findall(r"env\w*\W{1,3}(?:get\W{1,2})?(ALPKD_FAST_\w+)", source.read_text(encoding="utf8")))
-    read |= set(re.findall(r'get\("(ALPKD_FAST_\w+)"', (ROOT / "setup.py").read_text(encoding="utf8")))
-    for document in (ROOT / "README.md", ROOT / "docs" / "usage.md"):
-        named |= set(re.findall(r"ALPKD_FAST_[A-Z_]*[A-Z]", document.read_text(encoding="utf8")))
+        sources += [path for suffix in ("py", "cu", "cpp") for path in (ROOT / folder).rglob(f"*.{suffix}")]
+    read = variables(sources, r"env\w*\W{1,3}(?:get\W{1,2})?(ALPKD_FAST_\w+)")
+    named = variables((ROOT / "README.md", ROOT / "docs" / "usage.md"), r"ALPKD_FAST_[A-Z_]*[A-Z]")
     assert read == named
