@@ -83,13 +83,13 @@ for _name in FUSED_BACKENDS:
     torch.library.register_fake(f"alpkd_fast::alp_{_name}", _fake, lib=_LIBRARY)
 
 
-def _load_binary(name: str, cause: str) -> str | None:
+def _load_binary(name: str, cause: str, switch: str) -> str | None:
     """Load a compiled library, which registers its kernels; return why it cannot be, or None."""
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not found:
         return (
-            f"the compiled library is missing, as no {cause} was found at installation; install it and run "
-            "pip install --force-reinstall --no-deps alpkd-fast"
+            f"the compiled library is missing: at installation no {cause} was found, or it failed; with one, install "
+            f"again under {switch}=1, which makes a failure an error that says why"
         )
     try:
         torch.ops.load_library(str(found[0]))
@@ -100,8 +100,8 @@ def _load_binary(name: str, cause: str) -> str | None:
 
 # By backend. The CUDA library needs no driver to load.
 _BINARY_PROBLEMS = {
-    "cpu": _load_binary("_C", "C++ compiler (g++ or clang)"),
-    "cuda": _load_binary("_C_cuda", "nvcc (the CUDA toolkit)"),
+    "cpu": _load_binary("_C", "C++ compiler (g++ >= 11 or clang >= 14)", "ALPKD_FAST_CPU"),
+    "cuda": _load_binary("_C_cuda", "nvcc (the CUDA toolkit)", "ALPKD_FAST_CUDA"),
 }
 
 

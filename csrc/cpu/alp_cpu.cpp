@@ -156,7 +156,7 @@ const Kernels& choose_kernels() {
   STD_TORCH_CHECK(isa.empty() || isa == "avx512" || isa == "avx2" || isa == "plain", "ALPKD_FAST_CPU_ISA=", isa,
                   " is not known; set avx512, avx2 or plain, or unset it");
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C comes with AVX2
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else

@@ -47,8 +47,16 @@ inline A sum(V v) {
   }
 }
 
+// Lanes of two vectors by number, the second's after the first's.
+#if __has_builtin(__builtin_shufflevector)
+#define ALP_SHUFFLE __builtin_shufflevector
+#else  // GCC 11
+#define ALP_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, QuadIndex{__VA_ARGS__})
+#endif
+
 // Sums of four float vectors at once, in a quarter of the shuffles.
 typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t QuadIndex __attribute__((vector_size(16)));
 template <int kLanes, class V>
 inline Quad fold(V v) {
   if constexpr (kLanes == 4) {
@@ -64,9 +72,9 @@ inline Quad fold(V v) {
 inline Quad sum4(Vec<float> v0, Vec<float> v1, Vec<float> v2, Vec<float> v3) {
   constexpr int W = kWidth<float>;
   const Quad q0 = fold<W>(v0), q1 = fold<W>(v1), q2 = fold<W>(v2), q3 = fold<W>(v3);
-  const Quad pairs01 = __builtin_shufflevector(q0, q1, 0, 4, 1, 5) + __builtin_shufflevector(q0, q1, 2, 6, 3, 7);
-  const Quad pairs23 = __builtin_shufflevector(q2, q3, 0, 4, 1, 5) + __builtin_shufflevector(q2, q3, 2, 6, 3, 7);
-  return __builtin_shufflevector(pairs01, pairs23, 0, 1, 4, 5) + __builtin_shufflevector(pairs01, pairs23, 2, 3, 6, 7);
+  const Quad pairs01 = ALP_SHUFFLE(q0, q1, 0, 4, 1, 5) + ALP_SHUFFLE(q0, q1, 2, 6, 3, 7);
+  const Quad pairs23 = ALP_SHUFFLE(q2, q3, 0, 4, 1, 5) + ALP_SHUFFLE(q2, q3, 2, 6, 3, 7);
+  return ALP_SHUFFLE(pairs01, pairs23, 0, 1, 4, 5) + ALP_SHUFFLE(pairs01, pairs23, 2, 3, 6, 7);
 }
 
 // ---- bf16 and fp16, held as their bits ----------------------------------------------------------
