@@ -15,6 +15,7 @@ from .results import Row
 from .runner import LEVELS, Session
 
 SESSION = pytest.StashKey[Session]()
+PASSED = pytest.StashKey[bool]()
 SUITES = ("loss", "cls", "pooling", "projection", "memory", "overhead", "step", "scaling")
 
 
@@ -97,20 +98,31 @@ def record(request, session):
     if before and session.device.type == "cpu":  # whose pace changes within minutes where others share the host
         session.machine = measure_machine(session.device)
     yield session
-    results.append(request.config.option.results, session.rows[before:])
+    if request.node.stash.get(PASSED, False):  # what failed or was cut short is to be measured again
+        results.append(request.config.option.results, session.rows[before:])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
 
 
 @pytest.fixture
-def done(request):
+def done(request, session):
     """Whether a full run's results file holds this case already: done(case, dtype, mode) skips the test."""
     option = request.config.option
-    held = []
+    held: list[Row] = []
     if option.full and option.results.exists():
-        here = results.commit(), results.device_name(torch.device(option.device))
-        held = [row for row in results.read([option.results]) if (row.commit, row.device) == here]
+        stamp = replace(session.stamp, threads=torch.get_num_threads())
+        held = [row for row in results.read([option.results]) if results.serves(row, stamp)]
 
     def skip(**fields):
-        if any("--full" in row.command and all(getattr(row, k) == v for k, v in fields.items()) for row in held):
+        if "mode" in fields:
+            fields["mode"] += session.note
+        if any(all(getattr(row, name) == value for name, value in fields.items()) for row in held):
             pytest.skip("the results file holds it already")
 
     return skip

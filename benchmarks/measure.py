@@ -81,29 +81,27 @@ def take_turns(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
 
-    A run leaves the turns once it has used ``seconds`` and done ``rounds`` rounds. Fast runs make several calls a turn.
-    The first call of each run is a warm-up and not counted; on a GPU, where the pause before a measurement follows from
-    it, the first two.
+    All take part in every turn, so that a slow moment of the machine hits all. There are ``rounds`` turns, or as many
+    as the slowest run makes in ``seconds``; a faster one makes up to 20 calls a turn, for as long as its share of the
+    ``seconds`` lasts. The first call of each run is a warm-up and not counted; on a GPU, where the pause before a
+    measurement follows from it, the first two.
     """
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     warm = 2 if device.type == "cuda" else 1
-    calls, spent = dict.fromkeys(runs, warm), dict.fromkeys(runs, 0.0)
+    calls = dict.fromkeys(runs, warm)
     usual = {name: min(wall_seconds(run, k, device) for k in range(warm)) for name, run in runs.items()}
-    waiting = list(runs)
-    while waiting:
-        for name in waiting:
-            start = time.perf_counter()
-            for _ in range(min(20, max(1, int(5e-3 / usual[name])))):
-                wall = wall_seconds(runs[name], calls[name], device)
+    turns = max(rounds, int(seconds / max(5e-3, *usual.values())), 1)
+    for _ in range(turns):
+        for name, run in runs.items():
+            for _ in range(min(20, max(1, int(seconds / turns / usual[name])))):
+                wall = wall_seconds(run, calls[name], device)
                 calls[name] += 1
                 times[name][1].append(wall)
                 if device.type == "cuda":
-                    times[name][0].append(gpu_seconds(runs[name], calls[name], 2 * usual[name]))
+                    times[name][0].append(gpu_seconds(run, calls[name], 2 * usual[name]))
                     calls[name] += 1
                 else:
                     times[name][0].append(wall)
-            spent[name] += time.perf_counter() - start
-        waiting = [name for name in waiting if len(times[name][1]) < rounds or spent[name] < seconds]
     return times
 
 

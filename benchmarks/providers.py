@@ -36,10 +36,9 @@ def _scale(case: Case) -> float:
 
 
 def _squares(e: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum of mu * e^2 for residuals e (rows, ..., D)."""
-    if weights is None:
-        return e.float().square().sum()
-    return (e.float().square().flatten(1).sum(-1) * weights).sum()
+    """Sum of mu * e^2 for residuals e (rows, ..., D). By rows first: a compiler adds one long sum up term by term."""
+    by_row = e.float().square().flatten(1).sum(-1)
+    return (by_row if weights is None else by_row * weights).sum()
 
 
 def _mean(case: Case, total: Tensor, weights: Tensor | None, rows: int) -> Tensor:
@@ -92,10 +91,22 @@ def pairs(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Ten
     return _mean(case, total, weights, len(student[0]))
 
 
-def gathered(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
-    """The einsum form on the valid rows alone: it pays for copies, and saves the work on padding."""
+def gathered(form: Loss, case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
+    """A form on the valid rows alone: it pays for copies, and saves the work on padding."""
     kept = weights.nonzero().squeeze(-1)
-    return einsum(case, [s[kept] for s in student], [t[kept] for t in teacher], None)
+    return form(case, [s[kept] for s in student], [t[kept] for t in teacher], None)
+
+
+def query_side(
+    case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None, projection: Tensor
+) -> Tensor:
+    """The einsum form with the projection W (D, D_t), or one to each student layer (m, D, D_t), on the student's side:
+    <s, W t> = <W^T s, t>, and sum_j a_j W t_j = W sum_j a_j t_j. So m rows are projected and not n."""
+    s, t = torch.stack(student, 1), torch.stack(teacher, 1)  # (rows, m, D), (rows, n, D_t)
+    W = projection.expand(case.m, -1, -1)
+    a = torch.softmax(torch.einsum("rme,rne->rmn", torch.einsum("rmd,mde->rme", s, W), t) * _scale(case), -1)
+    combined = torch.einsum("rme,mde->rmd", torch.einsum("rmn,rne->rme", a, t), W)
+    return _mean(case, _squares(s - combined, weights), weights, len(t))
 
 
 def public_a(case: Case, student: list[Tensor], teacher: list[Tensor], weights: Tensor | None) -> Tensor:
@@ -134,10 +145,12 @@ def rival_forms(case: Case) -> dict[str, tuple[str, Loss]]:
         form.__name__: ("eager", form) for form in (bmm, einsum, attention, broadcast, pairs)
     }
     if case.padding and case.pooling == "token":
-        forms["gathered"] = ("eager", gathered)
+        forms |= {f"gathered {form.__name__}": ("eager", partial(gathered, form)) for form in (einsum, pairs)}
     forms["public A"] = ("public", public_a)
     if case.scale == 1.0:
         forms["public B"] = ("public", public_b)
+    if case.teacher_dim:
+        forms["query side"] = ("eager", query_side)
     return forms
 
 
@@ -158,6 +171,8 @@ def _call(case: Case, form: Loss, inputs: Inputs) -> Tensor:
     teacher = [_pool(case, h, inputs.weights) for h in inputs.teacher]
     by_row = case.pooling == "token" and inputs.weights is not None
     weights = inputs.weights.flatten() if by_row else None
+    if form is query_side:
+        return query_side(case, student, teacher, weights, inputs.projection)
     if case.projections > 1:  # the mean of the student layers' losses
         parts = zip(student, inputs.projection, strict=True)
         return sum(form(replace(case, m=1), [s], [linear(t, W) for t in teacher], weights) for s, W in parts) / case.m

@@ -118,6 +118,17 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(newest.values())
 
 
+def serves(row: Row, run: Row) -> bool:
+    """Whether a full run finds in the row what it would measure. A row with rivals beside it serves a run without."""
+    then, now = set(row.command.split()), set(run.command.split())
+    return (
+        (row.commit, row.device, row.threads) == (run.commit, run.device, run.threads)
+        and "--full" in then
+        and ("--default-malloc" in then) == ("--default-malloc" in now)
+        and ("--ours-only" not in then or "--ours-only" in now)
+    )
+
+
 def commit() -> str:
     """Commit of the package that is measured, "+changes" where its sources differ from it."""
     root = Path(alpkd_fast.__file__).parents[1]

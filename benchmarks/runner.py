@@ -24,7 +24,8 @@ FP16_LOSS_SCALE = 65536.0  # without it most fp16 gradients are zero, whoever co
 
 LEVELS = {"quick": (0.5, 3), "default": (1.0, 3), "full": (3.0, 9)}  # seconds and least rounds of each provider
 # Forms that take so long in eager mode, and are so far from the best, that only a full run times them.
-LEFT_OUT = {"quick": ("broadcast", "pairs"), "default": ("broadcast", "pairs"), "full": ()}
+SLOWEST = ("broadcast", "pairs", "gathered pairs")
+LEFT_OUT = {"quick": SLOWEST, "default": SLOWEST, "full": ()}
 
 
 @dataclass
@@ -213,6 +214,8 @@ def best_compiled(case: Case, dtype: str, device: torch.device) -> tuple[str, ..
     """The best forms under torch.compile, as full runs show on a CPU; on a GPU the better of the two that were tried,
     and one that may be. For hundreds of pairs of layers the form with a product for each takes minutes to compile."""
     few = case.pairs <= 100
+    if case.views:
+        return ("broadcast", "bmm")
     if device.type == "cuda":
         return ("einsum", "pairs") if few else ("bmm", "einsum")
     if dtype == "fp32":

@@ -37,7 +37,7 @@ def time_point(session: Session, case: Case) -> dict[str, float]:
     inputs = make_inputs(case, DTYPES[dtype], session.device, measure.cache_bytes(session.device))
     candidates = providers.ours(case, session.device)[0]
     if not session.ours_only and (case.n + 2 * case.m) * case.rows * case.D <= RIVAL_ELEMENTS:
-        candidates += [p for p in providers.rivals(case) if p.name == RIVAL]
+        candidates += [p for p in providers.rivals(case) if p.name in (RIVAL, f"gathered {RIVAL}")]
     runs = {p.name: run(p, inputs, True, None) for p in candidates}
     times = measure.take_turns(runs, session.device, session.seconds / 5, session.rounds)
     read, written = case.bytes_moved(DTYPES[dtype], True)

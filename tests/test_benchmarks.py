@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,11 +141,21 @@ def test_disturbance_is_what_others_took(monkeypatch):
 
 
 def test_runs_take_turns():
+    """All take part to the end: a fast run does not go on alone, it makes more calls a turn."""
     seen: list[str] = []
-    runs = {name: lambda k, name=name: seen.append(f"{name}{k}") for name in "ab"}
-    times = measure.take_turns(runs, CPU, 0.0, 40)
-    assert {name: len(wall) for name, (_, wall) in times.items()} == {"a": 40, "b": 40}
-    assert seen.index("b1") < seen.index("a21")  # not one after the other
+
+    def calls(name, seconds):
+        return lambda k: (time.sleep(seconds), seen.append(name))
+
+    times = measure.take_turns({"slow": calls("slow", 0.02), "fast": calls("fast", 0.001)}, CPU, 0.1, 3)
+    slow, fast = (len(times[name][1]) for name in ("slow", "fast"))
+    assert 3 <= slow <= 5
+    assert 3 * slow < fast <= 20 * slow
+    measured = seen[2:]  # after the warm-up
+    turns = [list(group) for _, group in itertools.groupby(measured)]
+    assert len(turns) == 2 * slow
+    assert {len(turn) for turn in turns[1::2]} == {fast // slow}
+    assert [len(wall) for _, wall in measure.take_turns(dict.fromkeys("ab", int), CPU, 0.0, 40).values()] == [40, 40]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
@@ -163,6 +175,24 @@ def test_results_come_back_as_they_were_written(tmp_path):
     (tmp_path / "old.csv").write_text("case\na\n")
     with pytest.raises(ValueError, match="columns"):
         results.read([tmp_path / "old.csv"])
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "served"),
+    [
+        ("--full", "--full", True),
+        ("--full", "--full --ours-only", True),
+        ("--full --ours-only", "--full", False),
+        ("--full --default-malloc", "--full", False),
+        ("--full", "--full --default-malloc", False),
+        ("", "--full", False),
+    ],
+)
+def test_a_full_run_resumes_what_was_measured_alike(then, now, served):
+    row = Row(command=f"pytest benchmarks/ {then}", commit="a", device="b", threads=2)
+    run = replace(row, command=f"pytest benchmarks/ {now}")
+    assert results.serves(row, run) == served
+    assert not any(results.serves(row, replace(run, **other)) for other in ({"commit": "c"}, {"threads": 1}))
 
 
 def test_slope_of_a_power_is_its_exponent():
@@ -220,10 +250,10 @@ def test_claims_equal_the_rows():
     rows = timed_rows()
     table = claims(DOCUMENT, "| against the floor |", {row["device"] for row in rows})
     assert table
-    for device, case, _, n, m, width, dtype, version, time, floor, line, rival, rival_line, best, other in table:
+    for device, case, _, n, m, width, dtype, version, took, floor, line, rival, rival_line, best, other in table:
         wanted = {"device": device, "case": case, "n": n, "m": m, "D": width, "dtype": dtype, "provider": version}
         one = newest(rows, **wanted)
-        assert_time(time, one)
+        assert_time(took, one)
         if floor.endswith("×"):
             assert floor == f"{float(one['x_floor']):.2f} ×"
             assert line.endswith("reached") == (float(one["x_floor"]) <= float(re.findall(r"[\d.]+", line)[0]))
@@ -246,30 +276,39 @@ def test_the_readme_says_what_the_rows_say():
     rows = timed_rows()
     table = claims(ROOT / "README.md", "| time / floor |", {row["device"] for row in rows})
     assert table
-    for device, what, dtype, version, time, floor, rival in table:
-        count, suite, n, m, width = re.fullmatch(
-            r"(\d+) (tokens|\[CLS\] rows), (\d+) → (\d+) layers of (\d+)", what
-        ).groups()
-        case = {"tokens": "bert-base-", "[CLS] rows": "cls-"}[suite] + m
-        shape = {"rows": count, "n": n, "m": m, "D": width}
-        one = newest(rows, device=device, case=case, dtype=dtype, provider=version, **shape)
-        assert_time(time, one)
+    cases_of = {"tokens": "bert-base-", "[CLS] rows": "cls-", "[CLS] rows of whole hidden states": "cls-{}-dense"}
+    for device, what, dtype, version, took, floor, rival, with_factor in table:
+        count, suite, n, m, width = re.fullmatch(r"(\d+) (.+), (\d+) → (\d+) layers of (\d+)", what).groups()
+        case = cases_of[suite].format(m) if "{}" in cases_of[suite] else cases_of[suite] + m
+        wanted = {"device": device, "case": case, "dtype": dtype, "provider": version}
+        one = newest(rows, **wanted, rows=count, n=n, m=m, D=width)
+        assert_time(took, one)
         assert floor == (f"{float(one['x_floor']):.2f} ×" if suite == "tokens" else "")
         beside = [
             row for row in rows if row["kind"] != "ours"
             and all(row[k] == one[k] for k in ("run", "case", "dtype", "mode", "gradient", "padding"))
         ]  # fmt: skip
         assert rival == f"{float(one['x_best_rival']):.1f} × over {one['best_rival']}, the best of {len(beside)}"
+        if with_factor:
+            again = newest(rows, other_gradient=True, **wanted)
+            time_said, speed_up = with_factor.split(", ")
+            assert_time(time_said, again)
+            assert speed_up == f"{float(again['x_best_rival']):.1f} ×"
 
 
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="no results are published yet")
-def test_the_document_is_what_the_report_writes():
+def test_the_document_is_what_the_report_writes(monkeypatch):
     from benchmarks import report
 
-    text = DOCUMENT.read_text()
-    rows = results.latest(results.read(result_files()))
-    for device in {row.device for row in rows}:
-        assert report.claims([row for row in rows if row.device == device]) in text
+    def drawn(rows, folder, name):  # the pictures are there already
+        return {path.name.removeprefix(f"{name}-").removesuffix("-light.png") for path in folder.glob(f"{name}-*")}
+
+    monkeypatch.setattr(report.pictures, "draw_all", drawn)
+    text, folder = DOCUMENT.read_text(), DOCUMENT.parent / "pictures"
+    rows = report.published(result_files())
+    assert report.document(rows, result_files(), folder) == text
+    readme = (ROOT / "README.md").read_text()
+    assert report.with_claims(readme, report.in_short(rows, "docs/pictures")) == readme
     for picture in re.findall(r'src(?:set)?="([^"]+)"', text):
         assert (DOCUMENT.parent / picture).exists(), picture
 
@@ -293,8 +332,8 @@ def test_cls_lines_of_a_gpu(on_device, time_said, factor, replay_said):
         Row(versions="torch 2, CUDA 13.0", mode=BOTH, median_s=on_device, **common),
         Row(versions="torch 2, CUDA 13.0", mode=f"{BOTH} (CUDA graph)", median_s=1e-5, x_best_rival=factor, **common),
     ]
-    time, replay = report.small_claims(rows)
-    assert time.endswith(f"of GPU time (line: 15 µs: {time_said}).")
+    alone, replay = report.small_claims(rows)
+    assert alone.endswith(f"of GPU time (line: 15 µs: {time_said}).")
     assert f"20 µs, {factor} times less" in replay
     assert replay.endswith(f"(line: 10: {replay_said}).")
     assert report.small_claims([replace(row, versions="torch 2") for row in rows]) == []

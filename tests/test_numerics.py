@@ -44,9 +44,10 @@ def test_student_close_to_its_target(backend, dtypes, distance):
 
 
 @pytest.mark.parametrize("dtypes", ["f32-f32", "bf16-bf16", "f64-f64"])
-@pytest.mark.parametrize("size", [30.0, 1000.0])
+@pytest.mark.parametrize("size", [10.0, 1000.0])
 def test_huge_scores(backend, size, dtypes):
-    """exp without subtracting the maximum overflows from scores of 89 on."""
+    """exp without subtracting the maximum overflows from scores of 89 on. At 1000 the gaps between the scores exceed
+    every rounding: the attention is 1 for one layer."""
     student, teacher = both_sides(2, 3, (5,), 16, dtypes, device=backend.device)
     student = [(size * s.detach()).requires_grad_() for s in student]
     teacher = [(size * t.detach()).requires_grad_() for t in teacher]
@@ -54,7 +55,8 @@ def test_huge_scores(backend, size, dtypes):
     output.loss.backward()
     for value in (*output, *(h.grad for h in student + teacher)):
         assert bool(torch.isfinite(value).all())
-    assert_as_exact(backend, student, teacher, scale=1.0)
+    got = assert_as_exact(backend, student, teacher, scale=1.0, decided=size == 1000.0)
+    assert size < 1000.0 or set(got["attention"].unique().tolist()) == {0.0, 1.0}
 
 
 def test_all_scores_far_below_zero(backend):

@@ -115,7 +115,7 @@ def test_detaching_changes_the_gradient_and_not_the_loss(backend):
 
 
 @pytest.mark.parametrize("dtypes", ["f32-f32", "f64-f64", "bf16-bf16"])
-@pytest.mark.parametrize("size", [0.0, 1e-13, 1e-7, 1e6])
+@pytest.mark.parametrize("size", [0.0, 1e-13, 1e-7, 1e3])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_normalize_rows_of_any_length(backend, side, size, dtypes):
     """Rows shorter than 1e-12 are divided by 1e-12; a row of zeros has no direction and no NaN."""
