@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import unwrap_peft_model
 
 from ..api import ALPOutput
 from ..capture import HiddenStates
+from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
@@ -99,8 +101,8 @@ class DistillationTrainer(LengthGroupedTrainer):
             )
         self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         self.teacher.eval().requires_grad_(False)
-        self._student_inputs = _parameters_of(type(self.model).forward)  # the instance's may be wrapped for autocast
-        self._teacher_inputs = _parameters_of(type(teacher).forward)
+        self._student_inputs = _inputs_of(self.model)
+        self._teacher_inputs = _inputs_of(teacher)
 
     @property
     def attended_layers(self) -> list[int]:
@@ -113,6 +115,12 @@ class DistillationTrainer(LengthGroupedTrainer):
     def _attach(self, student: Any) -> Any:
         """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""
         options, teacher = self.distillation, self.teacher
+        wrapped = unwrap(student)[0] is not student
+        if wrapped:
+            raise ValueError(
+                f"model: got a student inside {type(student).__name__}; pass the student itself, and "
+                "torch_compile=True to TrainingArguments to have it compiled"
+            )
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
         if self._teacher_cache is not None and self.pooling == "token":
             raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
@@ -379,8 +387,10 @@ def _attention_mask(inputs: Inputs) -> Tensor:
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
-def _parameters_of(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)
+def _inputs_of(model: nn.Module) -> list[str]:
+    """What the model itself takes: forwards of PEFT and torch.compile pass on more than they name."""
+    base = unwrap_peft_model(unwrap(model)[0])  # type: ignore[no-untyped-call]
+    return list(inspect.signature(type(base).forward).parameters)  # the instance's may be wrapped for autocast
 
 
 def _accepted(inputs: Inputs, names: list[str]) -> Inputs:

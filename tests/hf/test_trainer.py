@@ -365,3 +365,48 @@ def test_teacher_cache_changes_nothing_and_spares_the_teacher(method, size, tmp_
 def test_teacher_cache_refuses_every_token(tmp_path):
     with pytest.raises(ValueError, match='teacher_cache: pooling "token" would keep every token'):
         make_trainer(tmp_path, method="alp", pooling="token", teacher_cache=TeacherCache())
+
+
+def segments():
+    """Like ROWS, with the second half of each row in segment 1."""
+    return [
+        {**row, "token_type_ids": [int(2 * at >= len(row["input_ids"])) for at in range(len(row["input_ids"]))]}
+        for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", None])
+def test_adapters_get_every_input(kind, tmp_path):
+    """A fresh LoRA changes nothing, so neither does it change the loss; its forward does not name token_type_ids."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+
+    def adapted(model):
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type=kind))
+
+    losses = []
+    for wrap in (lambda model: model, adapted):
+        teacher, student = bert(seed=1, initializer_range=0.3), bert(2, seed=2, initializer_range=0.3)
+        trainer = make_trainer(tmp_path, wrap(student), wrap(teacher), rows=segments(), method="alp")
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["token_type_ids"].any()
+        losses.append(trainer.compute_loss(trainer.model.train(), dict(batch)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_teacher_is_the_plain_one(tmp_path):
+    torch._dynamo.reset()
+    logs = []
+    for compiler in (None, "aot_eager"):
+        teacher = bert(seed=1, initializer_range=0.3)
+        trainer = make_trainer(
+            tmp_path, bert(2, 16, seed=2), teacher if compiler is None else torch.compile(teacher, backend=compiler),
+            rows=segments(), method="alp", arguments={"max_steps": 2, "logging_steps": 1},
+        )  # fmt: skip
+        trainer.train()
+        logs.append([[log[name] for name in ("loss", "kd", "alp")] for log in trainer.state.log_history if "kd" in log])
+    torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_a_compiled_student(tmp_path):
+    with pytest.raises(ValueError, match=r"model: got a student inside OptimizedModule; .* torch_compile=True"):
+        make_trainer(tmp_path, torch.compile(bert(2), backend="eager"), bert(seed=1))
