@@ -14,15 +14,16 @@ def target_mask(labels: Tensor) -> Tensor:
     return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
 
 
-def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def hard_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Sum of the cross-entropy, or of the squared error where the labels are floating-point.
 
     Args:
         logits: (T, classes), or (T, 1) for regression. labels: (T,) integers, -100 for none; or floats.
+        smoothing: of the labels, for the cross-entropy.
     """
     if labels.is_floating_point():
         return F.mse_loss(logits.float().flatten(), labels.float().flatten(), reduction="sum")
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 def soft_loss(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:

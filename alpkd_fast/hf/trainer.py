@@ -84,6 +84,11 @@ class DistillationTrainer(LengthGroupedTrainer):
     ) -> None:
         if teacher is None:
             raise ValueError("teacher: got None; pass a transformers model that is trained for the task")
+        if trainer_arguments.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func: got a function; the training loss is the one that DistillationConfig describes; "
+                "leave it out and set ce_weight, kd_weight and alp_weight, or override compute_loss in a subclass"
+            )
         self.distillation = distillation or DistillationConfig()
         self.teacher: Any = teacher
         self._teacher_cache = teacher_cache
@@ -295,7 +300,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         if options.ce_weight > 0:
             if labels is None:
                 raise ValueError("ce_weight is above 0, but the batch has no labels; set ce_weight=0 to do without")
-            ce = hard_loss(logits, labels) / count
+            smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+            ce = hard_loss(logits, labels, smoothing) / count
             self._record("ce", ce)
             total = total + options.ce_weight * ce
         if options.kd_weight > 0:

@@ -410,3 +410,26 @@ def test_compiled_teacher_is_the_plain_one(tmp_path):
 def test_refuses_a_compiled_student(tmp_path):
     with pytest.raises(ValueError, match=r"model: got a student inside OptimizedModule; .* torch_compile=True"):
         make_trainer(tmp_path, torch.compile(bert(2), backend="eager"), bert(seed=1))
+
+
+@pytest.mark.parametrize("kind", ["classification", "mlm"])
+def test_label_smoothing_is_the_trainers(kind, tmp_path):
+    """The loss in training is the one in evaluation."""
+    mlm = kind == "mlm"
+    teacher = (masked_lm if mlm else bert)(seed=1, initializer_range=0.3)
+    trainer = make_trainer(
+        tmp_path, student_from_teacher(teacher, 2), teacher, method="kd", ce_weight=1.0, kd_weight=0.0,
+        arguments={"label_smoothing_factor": 0.3},
+    )  # fmt: skip
+    batch = dict(trainer.data_collator(ROWS[:8]))
+    if mlm:
+        batch["labels"] = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1]) % 3 != 1, -100)
+    training = trainer.compute_loss(trainer.model.train(), dict(batch))
+    evaluation = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    torch.testing.assert_close(training, evaluation)
+
+
+def test_refuses_a_loss_function(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="compute_loss_func: got a function; the training loss is"):
+        DistillationTrainer(bert(2), bert(), arguments, compute_loss_func=lambda *_: None)
