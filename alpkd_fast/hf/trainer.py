@@ -21,7 +21,7 @@ from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
-from .losses import hard_loss, soft_loss, target_mask
+from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
 from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
@@ -125,6 +125,12 @@ class DistillationTrainer(LengthGroupedTrainer):
             raise ValueError(
                 f"model: got a student inside {type(student).__name__}; pass the student itself, and "
                 "torch_compile=True to TrainingArguments to have it compiled"
+            )
+        kind, outputs = getattr(student.config, "problem_type", None), student.config.num_labels
+        if options.uses_logits and (kind == "multi_label_classification" or (kind == "regression" and outputs > 1)):
+            raise ValueError(
+                f"model: its config.problem_type is {kind!r} with {outputs} outputs; allowed are classification into "
+                f"one class, and regression with one output. {OTHER_TASKS}"
             )
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
         if self._teacher_cache is not None and self.pooling == "token":
@@ -292,6 +298,9 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"teacher: its logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; "
                 "both need the same outputs and the same tokens"
             )
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        if labels is not None and options.uses_logits:
+            check_labels(logits, labels, smoothing)
         if logits.dim() == 3:  # (B, S, V): only labelled tokens are worth a softmax over the vocabulary
             logits, teacher_logits = logits[counted], teacher_logits[counted]
             labels = None if labels is None else labels[counted]
@@ -300,7 +309,6 @@ class DistillationTrainer(LengthGroupedTrainer):
         if options.ce_weight > 0:
             if labels is None:
                 raise ValueError("ce_weight is above 0, but the batch has no labels; set ce_weight=0 to do without")
-            smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
             ce = hard_loss(logits, labels, smoothing) / count
             self._record("ce", ce)
             total = total + options.ce_weight * ce

@@ -433,3 +433,42 @@ def test_refuses_a_loss_function(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="compute_loss_func: got a function; the training loss is"):
         DistillationTrainer(bert(2), bert(), arguments, compute_loss_func=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "got"),
+    [
+        (8, [1.0] * 8, r"float32 \(8, 8\)"),  # as many outputs as rows: nothing else would notice
+        (3, [1.0, 0.0, 1.0], r"float32 \(8, 3\)"),
+        (3, [1, 0, 1], r"int64 \(8, 3\)"),
+        (2, 1.0, r"float32 \(8,\)"),
+        (1, 0, r"int64 \(8,\)"),
+    ],
+)
+@pytest.mark.parametrize("weights", [{"kd_weight": 0.0}, {"ce_weight": 0.0}])
+def test_refuses_labels_of_another_task(weights, outputs, labels, got, tmp_path):
+    rows = [{**row, "labels": labels} for row in ROWS]
+    teacher, student = bert(seed=1, num_labels=outputs), bert(2, num_labels=outputs)
+    trainer = make_trainer(tmp_path, student, teacher, rows=rows, **weights)
+    with pytest.raises(ValueError, match=rf"labels: got {got} for logits \(8, {outputs}\); allowed are"):
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(rows[:8])))
+
+
+@pytest.mark.parametrize(
+    "config", [{"problem_type": "multi_label_classification"}, {"problem_type": "regression", "num_labels": 3}]
+)
+def test_refuses_a_task_whose_logits_are_no_classes(config, tmp_path):
+    teacher, student = bert(seed=1, **config), bert(2, **config)
+    with pytest.raises(ValueError, match=f"model: its config.problem_type is '{config['problem_type']}' with"):
+        make_trainer(tmp_path, student, teacher, ce_weight=0.0)
+    make_trainer(tmp_path, student, teacher, ce_weight=0.0, kd_weight=0.0, arguments={"max_steps": 1}).train()
+
+
+def test_refuses_to_smooth_a_regression(tmp_path):
+    rows = [{**row, "labels": float(row["labels"])} for row in ROWS]
+    arguments = {"label_smoothing_factor": 0.1}
+    trainer = make_trainer(
+        tmp_path, bert(2, num_labels=1), bert(num_labels=1), rows=rows, method="kd", arguments=arguments
+    )
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1, but floating-point labels"):
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(rows[:8])))
