@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import unwrap_peft_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import enable_full_determinism, set_seed, unwrap_peft_model
 
 from ..api import ALPOutput
 from ..capture import HiddenStates
@@ -97,6 +97,9 @@ class DistillationTrainer(LengthGroupedTrainer):
         self._attention_sum: Tensor | None = None
         self._steps_since_log = 0
         if model is not None:
+            # As the Trainer does ahead of a model_init: φ's start depends on the seed, not on what was drawn before.
+            args = TrainingArguments("tmp_trainer") if args is None else args
+            enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._attach(model)
         super().__init__(model=model, args=args, **trainer_arguments)
         if self.args.n_gpu > 1:
@@ -135,6 +138,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
         if self._teacher_cache is not None and self.pooling == "token":
             raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
+        student._modules.pop(LOSS_NAME, None)  # of an earlier run, else optimised and saved with this one
         if not options.uses_hidden_states:
             return student
         chosen = _chosen("student_layers", options.student_layers, student.config.num_hidden_layers)
@@ -206,6 +210,11 @@ class DistillationTrainer(LengthGroupedTrainer):
         if self._loss_shifts_labels:  # position s predicts label s + 1
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return labels, target_mask(labels)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without the scale's logarithm: decay would pull the scale to 1."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(f"{LOSS_NAME}.log_scale")]
 
     # ---- the loss ----
 

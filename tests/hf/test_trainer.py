@@ -472,3 +472,33 @@ def test_refuses_to_smooth_a_regression(tmp_path):
     )
     with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1, but floating-point labels"):
         trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(rows[:8])))
+
+
+def test_start_of_the_projection_depends_on_the_seed_alone(tmp_path):
+    starts = []
+    for before, seed in ((1, 42), (2, 42), (2, 43)):
+        student = bert(2, 16)
+        torch.manual_seed(before)
+        starts.append(make_trainer(tmp_path, student, arguments={"seed": seed}).model.alp_loss.proj_weight)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_the_learned_scale_does_not_decay(tmp_path):
+    """Decay of its logarithm would pull it to 1."""
+    trainer = make_trainer(tmp_path, method="alp", learn_scale=True, arguments={"weight_decay": 0.1})
+    trainer.create_optimizer()
+    module = trainer.model.alp_loss
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert decay[id(module.log_scale)] == 0.0
+    assert decay[id(module.proj_weight)] == 0.1
+
+
+def test_a_student_used_before_leaves_its_loss_behind(tmp_path):
+    student, teacher = bert(2, 16), bert(seed=1)
+    make_trainer(tmp_path, student, teacher, method="alp")
+    trainer = make_trainer(tmp_path, student, teacher, method="kd", arguments={"max_steps": 1})
+    assert not any("alp_loss" in name for name, _ in trainer.model.named_parameters())
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    assert not (tmp_path / LOSS_FILE).exists()
