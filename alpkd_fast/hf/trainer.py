@@ -223,6 +223,7 @@ class DistillationTrainer(LengthGroupedTrainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_decoder_inputs(inputs)
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
         mask = _attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
@@ -233,6 +234,15 @@ class DistillationTrainer(LengthGroupedTrainer):
         # Ranks average their gradients, but each holds its share of one global sum.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _check_decoder_inputs(self, inputs: Inputs) -> None:
+        """The labels, from which an encoder-decoder would make them, are kept from the models."""
+        generates = self.model.config.is_encoder_decoder and self.model.get_output_embeddings() is not None
+        if generates and "labels" in inputs and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+            raise ValueError(
+                f"decoder_input_ids: got none for {type(self.model).__name__}, which reads them beside the labels; the "
+                "batch must hold them, as with data_collator=DataCollatorForSeq2Seq(tokenizer, model=student)"
+            )
 
     def _teacher_outputs(self, inputs: Inputs) -> Outputs:
         """Of the whole batch, from the cache where there is one."""
@@ -251,6 +261,10 @@ class DistillationTrainer(LengthGroupedTrainer):
     def _run_teacher(self, inputs: Inputs) -> Outputs:
         """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
         own = _accepted(inputs, self._teacher_inputs)
+        if (
+            "use_cache" in self._teacher_inputs
+        ):  # keys and values of all layers; of the student the Trainer turns it off
+            own["use_cache"] = False
         with torch.no_grad():
             if not self.distillation.uses_hidden_states:
                 return self.teacher(**own).logits, None

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny import bert, make_tokenizer, masked_lm, sentences
 from tiny_models import make_model
@@ -502,3 +503,48 @@ def test_a_student_used_before_leaves_its_loss_behind(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path))
     assert not (tmp_path / LOSS_FILE).exists()
+
+
+SEQ2SEQ_SIDE = {"layers": 2, "attention_heads": 2, "ffn_dim": 16}
+
+
+def make_seq2seq(kind="ForConditionalGeneration", **changes):
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SEQ2SEQ_SIDE.items()}
+    config = transformers.BartConfig(vocab_size=50, d_model=16, max_position_embeddings=32, **{**sizes, **changes})
+    torch.manual_seed(1)
+    return getattr(transformers, f"Bart{kind}")(config)
+
+
+def test_encoder_decoders_need_the_decoders_inputs(tmp_path):
+    """Without them BART's decoder reads input_ids, not the labels, which the trainer keeps from the model."""
+    teacher = make_seq2seq()
+    student = make_seq2seq(dropout=0.0)
+    rows = [{"input_ids": [2, 3 + i, 40, 2], "labels": [2, 5, 7 + i, 2]} for i in range(8)]
+    collators = [transformers.DataCollatorForSeq2Seq(TOKENIZER, model=model) for model in (None, student)]
+    bare, full = (
+        make_trainer(tmp_path, student, teacher, rows=rows, collator=collator, method="kd", kd_weight=0.0)
+        for collator in collators
+    )
+    with pytest.raises(ValueError, match=r"decoder_input_ids: got none .*DataCollatorForSeq2Seq"):
+        bare.compute_loss(student.train(), dict(collators[0](rows)))
+    batch = dict(collators[1](rows))
+    loss = full.compute_loss(student.train(), dict(batch))
+    torch.testing.assert_close(loss, 0.5 * student(**batch).loss)
+
+
+def test_classification_by_an_encoder_decoder_needs_none(tmp_path):
+    """Its decoder reads input_ids by design."""
+    teacher, student = (make_seq2seq("ForSequenceClassification", num_labels=2, eos_token_id=3) for _ in range(2))
+    trainer = make_trainer(tmp_path, student, teacher, method="kd")
+    assert trainer.compute_loss(student.train(), dict(trainer.data_collator(ROWS[:8]))).isfinite()
+
+
+@pytest.mark.parametrize("method", ["kd", "alp"])
+def test_a_decoding_teacher_keeps_no_cache(method, tmp_path):
+    teacher = make_model("llama", "ForCausalLM", seed=1)
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append(output))
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (8, 9)).tolist()]
+    trainer = make_trainer(tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, method=method)
+    trainer.compute_loss(trainer.model.train(), {name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+    assert [set(output) for output in seen] == [{"logits"}]
