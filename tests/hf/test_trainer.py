@@ -548,3 +548,18 @@ def test_a_decoding_teacher_keeps_no_cache(method, tmp_path):
     trainer = make_trainer(tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, method=method)
     trainer.compute_loss(trainer.model.train(), {name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
     assert [set(output) for output in seen] == [{"logits"}]
+
+
+def test_a_final_norm_in_float32_is_compared_all_the_same(tmp_path):
+    """As CUDA's autocast has it for a bf16 GPT-2: blocks in bf16, nn.LayerNorm in float32."""
+    teacher = make_model("gpt2", "ForCausalLM", seed=1).bfloat16()
+    student = student_from_teacher(teacher, 2)
+    for model in (teacher, student):
+        model.transformer.ln_f.register_forward_hook(lambda module, args, output: output.float())
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (8, 9)).tolist()]
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows=rows, collator=transformers.default_data_collator, method="alp",
+        arguments={"bf16": True, "max_steps": 1, "logging_steps": 1},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["alp"] > 0
