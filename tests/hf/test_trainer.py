@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny import bert, make_tokenizer, masked_lm, sentences
 from tiny_models import make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
@@ -361,6 +362,26 @@ def test_teacher_cache_changes_nothing_and_spares_the_teacher(method, size, tmp_
     for state, _ in results[1:]:
         for name, value in results[0][0].items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_teacher_cache_lies_in_the_cpus_memory():
+    """The accelerator's would fill up with the data. "meta" stands for one: fake tensors are moved there and back."""
+
+    class Numbers:
+        device = torch.device("meta")
+
+        def tolist(self):
+            return [3, 5]
+
+    cache = TeacherCache()
+    with FakeTensorMode():
+        first = torch.empty(2, 4, device="meta"), [torch.empty(2, 8, device="meta") for _ in range(3)]
+        assert cache.get("cls", Numbers(), lambda: first) is not None
+        kept = [tensor for rows in cache._kept.values() for row in rows.values() for tensor in row]
+        assert {tensor.device.type for tensor in kept} == {"cpu"}
+        logits, layers = cache.get("cls", Numbers(), pytest.fail)
+    assert [tensor.device.type for tensor in (logits, *layers)] == ["meta"] * 4
+    assert [tensor.shape for tensor in (logits, *layers)] == [(2, 4), *[(2, 8)] * 3]
 
 
 def test_teacher_cache_refuses_every_token(tmp_path):
