@@ -105,12 +105,16 @@ class DistillationConfig:
             raise ValueError(f'scale: method {self.method!r} fixes it to {fixed:g}, got {self.scale}; use method "alp"')
         if fixed is not None and self.learn_scale:
             raise ValueError(f'learn_scale: method {self.method!r} fixes the scale to {fixed:g}; use method "alp"')
-        if self.ce_weight == self.kd_weight == 0 and not self.uses_hidden_states:
+        if not self.uses_logits and not self.uses_hidden_states:
             raise ValueError("ce_weight, kd_weight and alp_weight leave no loss; set one of them above 0")
 
     @property
     def uses_hidden_states(self) -> bool:
         return self.alp_weight > 0 and self.resolved_layer_map is not None
+
+    @property
+    def uses_logits(self) -> bool:
+        return self.ce_weight > 0 or self.kd_weight > 0
 
     @property
     def resolved_layer_map(self) -> str | list[list[int]] | None:

@@ -8,21 +8,43 @@ from torch.nn import functional as F  # noqa: N812
 
 IGNORED = -100  # the label that transformers leaves out
 
+OTHER_TASKS = (
+    "For multi-label classification, or regression of several values, set ce_weight=0 and kd_weight=0 for the loss on "
+    "hidden states alone, or write the loop of docs/usage.md with your own losses"
+)
+
 
 def target_mask(labels: Tensor) -> Tensor:
     """Which labels count; every value of a regression does."""
     return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
 
 
-def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def check_labels(logits: Tensor, labels: Tensor, smoothing: float) -> None:
+    """Refuse labels that the losses would take for those of another task."""
+    regression = labels.is_floating_point()
+    fits = labels.numel() == logits.numel() if regression else labels.shape == logits.shape[:-1]
+    if not fits or regression != (logits.shape[-1] == 1):
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"labels: got {dtype} {tuple(labels.shape)} for logits {tuple(logits.shape)}; allowed are an integer class "
+            f"per row or token, or a float per row for a model of one output. {OTHER_TASKS}"
+        )
+    if regression and smoothing:
+        raise ValueError(
+            f"label_smoothing_factor: got {smoothing}, but floating-point labels are a regression; set it to 0"
+        )
+
+
+def hard_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Sum of the cross-entropy, or of the squared error where the labels are floating-point.
 
     Args:
         logits: (T, classes), or (T, 1) for regression. labels: (T,) integers, -100 for none; or floats.
+        smoothing: of the labels, for the cross-entropy.
     """
     if labels.is_floating_point():
         return F.mse_loss(logits.float().flatten(), labels.float().flatten(), reduction="sum")
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 def soft_loss(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import enable_full_determinism, set_seed, unwrap_peft_model
 
 from ..api import ALPOutput
 from ..capture import HiddenStates
+from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
-from .losses import hard_loss, soft_loss, target_mask
+from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
 from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
@@ -82,6 +84,11 @@ class DistillationTrainer(LengthGroupedTrainer):
     ) -> None:
         if teacher is None:
             raise ValueError("teacher: got None; pass a transformers model that is trained for the task")
+        if trainer_arguments.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func: got a function; the training loss is the one that DistillationConfig describes; "
+                "leave it out and set ce_weight, kd_weight and alp_weight, or override compute_loss in a subclass"
+            )
         self.distillation = distillation or DistillationConfig()
         self.teacher: Any = teacher
         self._teacher_cache = teacher_cache
@@ -90,6 +97,9 @@ class DistillationTrainer(LengthGroupedTrainer):
         self._attention_sum: Tensor | None = None
         self._steps_since_log = 0
         if model is not None:
+            # As the Trainer does ahead of a model_init: φ's start depends on the seed, not on what was drawn before.
+            args = TrainingArguments("tmp_trainer") if args is None else args
+            enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._attach(model)
         super().__init__(model=model, args=args, **trainer_arguments)
         if self.args.n_gpu > 1:
@@ -99,8 +109,8 @@ class DistillationTrainer(LengthGroupedTrainer):
             )
         self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         self.teacher.eval().requires_grad_(False)
-        self._student_inputs = _parameters_of(type(self.model).forward)  # the instance's may be wrapped for autocast
-        self._teacher_inputs = _parameters_of(type(teacher).forward)
+        self._student_inputs = _inputs_of(self.model)
+        self._teacher_inputs = _inputs_of(teacher)
 
     @property
     def attended_layers(self) -> list[int]:
@@ -113,9 +123,22 @@ class DistillationTrainer(LengthGroupedTrainer):
     def _attach(self, student: Any) -> Any:
         """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""
         options, teacher = self.distillation, self.teacher
+        wrapped = unwrap(student)[0] is not student
+        if wrapped:
+            raise ValueError(
+                f"model: got a student inside {type(student).__name__}; pass the student itself, and "
+                "torch_compile=True to TrainingArguments to have it compiled"
+            )
+        kind, outputs = getattr(student.config, "problem_type", None), student.config.num_labels
+        if options.uses_logits and (kind == "multi_label_classification" or (kind == "regression" and outputs > 1)):
+            raise ValueError(
+                f"model: its config.problem_type is {kind!r} with {outputs} outputs; allowed are classification into "
+                f"one class, and regression with one output. {OTHER_TASKS}"
+            )
         self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
         if self._teacher_cache is not None and self.pooling == "token":
             raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
+        student._modules.pop(LOSS_NAME, None)  # of an earlier run, else optimised and saved with this one
         if not options.uses_hidden_states:
             return student
         chosen = _chosen("student_layers", options.student_layers, student.config.num_hidden_layers)
@@ -188,6 +211,11 @@ class DistillationTrainer(LengthGroupedTrainer):
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return labels, target_mask(labels)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without the scale's logarithm: decay would pull the scale to 1."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(f"{LOSS_NAME}.log_scale")]
+
     # ---- the loss ----
 
     def compute_loss(
@@ -195,6 +223,7 @@ class DistillationTrainer(LengthGroupedTrainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_decoder_inputs(inputs)
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
         mask = _attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
@@ -205,6 +234,15 @@ class DistillationTrainer(LengthGroupedTrainer):
         # Ranks average their gradients, but each holds its share of one global sum.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _check_decoder_inputs(self, inputs: Inputs) -> None:
+        """The labels, from which an encoder-decoder would make them, are kept from the models."""
+        generates = self.model.config.is_encoder_decoder and self.model.get_output_embeddings() is not None
+        if generates and "labels" in inputs and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+            raise ValueError(
+                f"decoder_input_ids: got none for {type(self.model).__name__}, which reads them beside the labels; the "
+                "batch must hold them, as with data_collator=DataCollatorForSeq2Seq(tokenizer, model=student)"
+            )
 
     def _teacher_outputs(self, inputs: Inputs) -> Outputs:
         """Of the whole batch, from the cache where there is one."""
@@ -223,11 +261,15 @@ class DistillationTrainer(LengthGroupedTrainer):
     def _run_teacher(self, inputs: Inputs) -> Outputs:
         """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
         own = _accepted(inputs, self._teacher_inputs)
+        if (
+            "use_cache" in self._teacher_inputs
+        ):  # keys and values of all layers; of the student the Trainer turns it off
+            own["use_cache"] = False
         with torch.no_grad():
             if not self.distillation.uses_hidden_states:
                 return self.teacher(**own).logits, None
             with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:
-                return self.teacher(**own).logits, captured.take()
+                return self.teacher(**own).logits, _of_one_dtype(captured.take())
 
     def _run_models(
         self, model: nn.Module, inputs: Inputs, mask: Tensor, rows: Tensor
@@ -248,7 +290,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         details: list[tuple[ALPOutput, slice]] = []
 
         def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
-            layers, weights = captured.take(), captured.row_weights
+            layers, weights = _of_one_dtype(captured.take()), captured.row_weights
             # The backward of torch.split puts the parts' gradients together, without dense zeros for each.
             parts = iter([layers]) if size is None else zip(*(h.split(size) for h in layers), strict=True)
 
@@ -279,6 +321,9 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"teacher: its logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; "
                 "both need the same outputs and the same tokens"
             )
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        if labels is not None and options.uses_logits:
+            check_labels(logits, labels, smoothing)
         if logits.dim() == 3:  # (B, S, V): only labelled tokens are worth a softmax over the vocabulary
             logits, teacher_logits = logits[counted], teacher_logits[counted]
             labels = None if labels is None else labels[counted]
@@ -287,7 +332,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         if options.ce_weight > 0:
             if labels is None:
                 raise ValueError("ce_weight is above 0, but the batch has no labels; set ce_weight=0 to do without")
-            ce = hard_loss(logits, labels) / count
+            ce = hard_loss(logits, labels, smoothing) / count
             self._record("ce", ce)
             total = total + options.ce_weight * ce
         if options.kd_weight > 0:
@@ -379,13 +424,20 @@ def _attention_mask(inputs: Inputs) -> Tensor:
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
-def _parameters_of(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)
+def _inputs_of(model: nn.Module) -> list[str]:
+    """What the model itself takes: forwards of PEFT and torch.compile pass on more than they name."""
+    base = unwrap_peft_model(unwrap(model)[0])  # type: ignore[no-untyped-call]
+    return list(inspect.signature(type(base).forward).parameters)  # the instance's may be wrapped for autocast
 
 
 def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
     """The inputs that a model takes, without the labels: the losses are computed here."""
     return {name: value for name, value in inputs.items() if name in names and name != "labels"}
+
+
+def _of_one_dtype(layers: list[Tensor]) -> list[Tensor]:
+    """In the first layer's: of a bf16 model under autocast, the blocks give bf16 and nn.LayerNorm float32."""
+    return [h.to(layers[0].dtype) for h in layers]
 
 
 def _chosen(name: str, layers: list[int] | None, count: int) -> list[int]:

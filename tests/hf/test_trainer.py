@@ -10,9 +10,11 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tiny import bert, make_tokenizer, masked_lm, sentences
 from tiny_models import make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
@@ -362,6 +364,223 @@ def test_teacher_cache_changes_nothing_and_spares_the_teacher(method, size, tmp_
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_teacher_cache_lies_in_the_cpus_memory():
+    """The accelerator's would fill up with the data. "meta" stands for one: fake tensors are moved there and back."""
+
+    class Numbers:
+        device = torch.device("meta")
+
+        def tolist(self):
+            return [3, 5]
+
+    cache = TeacherCache()
+    with FakeTensorMode():
+        first = torch.empty(2, 4, device="meta"), [torch.empty(2, 8, device="meta") for _ in range(3)]
+        assert cache.get("cls", Numbers(), lambda: first) is not None
+        kept = [tensor for rows in cache._kept.values() for row in rows.values() for tensor in row]
+        assert {tensor.device.type for tensor in kept} == {"cpu"}
+        logits, layers = cache.get("cls", Numbers(), pytest.fail)
+    assert [tensor.device.type for tensor in (logits, *layers)] == ["meta"] * 4
+    assert [tensor.shape for tensor in (logits, *layers)] == [(2, 4), *[(2, 8)] * 3]
+
+
 def test_teacher_cache_refuses_every_token(tmp_path):
     with pytest.raises(ValueError, match='teacher_cache: pooling "token" would keep every token'):
         make_trainer(tmp_path, method="alp", pooling="token", teacher_cache=TeacherCache())
+
+
+def segments():
+    """Like ROWS, with the second half of each row in segment 1."""
+    return [
+        {**row, "token_type_ids": [int(2 * at >= len(row["input_ids"])) for at in range(len(row["input_ids"]))]}
+        for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", None])
+def test_adapters_get_every_input(kind, tmp_path):
+    """A fresh LoRA changes nothing, so neither does it change the loss; its forward does not name token_type_ids."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+
+    def adapted(model):
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type=kind))
+
+    losses = []
+    for wrap in (lambda model: model, adapted):
+        teacher, student = bert(seed=1, initializer_range=0.3), bert(2, seed=2, initializer_range=0.3)
+        trainer = make_trainer(tmp_path, wrap(student), wrap(teacher), rows=segments(), method="alp")
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["token_type_ids"].any()
+        losses.append(trainer.compute_loss(trainer.model.train(), dict(batch)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_teacher_is_the_plain_one(tmp_path):
+    torch._dynamo.reset()
+    logs = []
+    for compiler in (None, "aot_eager"):
+        teacher = bert(seed=1, initializer_range=0.3)
+        trainer = make_trainer(
+            tmp_path, bert(2, 16, seed=2), teacher if compiler is None else torch.compile(teacher, backend=compiler),
+            rows=segments(), method="alp", arguments={"max_steps": 2, "logging_steps": 1},
+        )  # fmt: skip
+        trainer.train()
+        logs.append([[log[name] for name in ("loss", "kd", "alp")] for log in trainer.state.log_history if "kd" in log])
+    torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_a_compiled_student(tmp_path):
+    with pytest.raises(ValueError, match=r"model: got a student inside OptimizedModule; .* torch_compile=True"):
+        make_trainer(tmp_path, torch.compile(bert(2), backend="eager"), bert(seed=1))
+
+
+@pytest.mark.parametrize("kind", ["classification", "mlm"])
+def test_label_smoothing_is_the_trainers(kind, tmp_path):
+    """The loss in training is the one in evaluation."""
+    mlm = kind == "mlm"
+    teacher = (masked_lm if mlm else bert)(seed=1, initializer_range=0.3)
+    trainer = make_trainer(
+        tmp_path, student_from_teacher(teacher, 2), teacher, method="kd", ce_weight=1.0, kd_weight=0.0,
+        arguments={"label_smoothing_factor": 0.3},
+    )  # fmt: skip
+    batch = dict(trainer.data_collator(ROWS[:8]))
+    if mlm:
+        batch["labels"] = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1]) % 3 != 1, -100)
+    training = trainer.compute_loss(trainer.model.train(), dict(batch))
+    evaluation = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    torch.testing.assert_close(training, evaluation)
+
+
+def test_refuses_a_loss_function(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="compute_loss_func: got a function; the training loss is"):
+        DistillationTrainer(bert(2), bert(), arguments, compute_loss_func=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "got"),
+    [
+        (8, [1.0] * 8, r"float32 \(8, 8\)"),  # as many outputs as rows: nothing else would notice
+        (3, [1.0, 0.0, 1.0], r"float32 \(8, 3\)"),
+        (3, [1, 0, 1], r"int64 \(8, 3\)"),
+        (2, 1.0, r"float32 \(8,\)"),
+        (1, 0, r"int64 \(8,\)"),
+    ],
+)
+@pytest.mark.parametrize("weights", [{"kd_weight": 0.0}, {"ce_weight": 0.0}])
+def test_refuses_labels_of_another_task(weights, outputs, labels, got, tmp_path):
+    rows = [{**row, "labels": labels} for row in ROWS]
+    teacher, student = bert(seed=1, num_labels=outputs), bert(2, num_labels=outputs)
+    trainer = make_trainer(tmp_path, student, teacher, rows=rows, **weights)
+    with pytest.raises(ValueError, match=rf"labels: got {got} for logits \(8, {outputs}\); allowed are"):
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(rows[:8])))
+
+
+@pytest.mark.parametrize(
+    "config", [{"problem_type": "multi_label_classification"}, {"problem_type": "regression", "num_labels": 3}]
+)
+def test_refuses_a_task_whose_logits_are_no_classes(config, tmp_path):
+    teacher, student = bert(seed=1, **config), bert(2, **config)
+    with pytest.raises(ValueError, match=f"model: its config.problem_type is '{config['problem_type']}' with"):
+        make_trainer(tmp_path, student, teacher, ce_weight=0.0)
+    make_trainer(tmp_path, student, teacher, ce_weight=0.0, kd_weight=0.0, arguments={"max_steps": 1}).train()
+
+
+def test_refuses_to_smooth_a_regression(tmp_path):
+    rows = [{**row, "labels": float(row["labels"])} for row in ROWS]
+    arguments = {"label_smoothing_factor": 0.1}
+    trainer = make_trainer(
+        tmp_path, bert(2, num_labels=1), bert(num_labels=1), rows=rows, method="kd", arguments=arguments
+    )
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1, but floating-point labels"):
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(rows[:8])))
+
+
+def test_start_of_the_projection_depends_on_the_seed_alone(tmp_path):
+    starts = []
+    for before, seed in ((1, 42), (2, 42), (2, 43)):
+        student = bert(2, 16)
+        torch.manual_seed(before)
+        starts.append(make_trainer(tmp_path, student, arguments={"seed": seed}).model.alp_loss.proj_weight)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_the_learned_scale_does_not_decay(tmp_path):
+    """Decay of its logarithm would pull it to 1."""
+    trainer = make_trainer(tmp_path, method="alp", learn_scale=True, arguments={"weight_decay": 0.1})
+    trainer.create_optimizer()
+    module = trainer.model.alp_loss
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert decay[id(module.log_scale)] == 0.0
+    assert decay[id(module.proj_weight)] == 0.1
+
+
+def test_a_student_used_before_leaves_its_loss_behind(tmp_path):
+    student, teacher = bert(2, 16), bert(seed=1)
+    make_trainer(tmp_path, student, teacher, method="alp")
+    trainer = make_trainer(tmp_path, student, teacher, method="kd", arguments={"max_steps": 1})
+    assert not any("alp_loss" in name for name, _ in trainer.model.named_parameters())
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    assert not (tmp_path / LOSS_FILE).exists()
+
+
+SEQ2SEQ_SIDE = {"layers": 2, "attention_heads": 2, "ffn_dim": 16}
+
+
+def make_seq2seq(kind="ForConditionalGeneration", **changes):
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SEQ2SEQ_SIDE.items()}
+    config = transformers.BartConfig(vocab_size=50, d_model=16, max_position_embeddings=32, **{**sizes, **changes})
+    torch.manual_seed(1)
+    return getattr(transformers, f"Bart{kind}")(config)
+
+
+def test_encoder_decoders_need_the_decoders_inputs(tmp_path):
+    """Without them BART's decoder reads input_ids, not the labels, which the trainer keeps from the model."""
+    teacher = make_seq2seq()
+    student = make_seq2seq(dropout=0.0)
+    rows = [{"input_ids": [2, 3 + i, 40, 2], "labels": [2, 5, 7 + i, 2]} for i in range(8)]
+    collators = [transformers.DataCollatorForSeq2Seq(TOKENIZER, model=model) for model in (None, student)]
+    bare, full = (
+        make_trainer(tmp_path, student, teacher, rows=rows, collator=collator, method="kd", kd_weight=0.0)
+        for collator in collators
+    )
+    with pytest.raises(ValueError, match=r"decoder_input_ids: got none .*DataCollatorForSeq2Seq"):
+        bare.compute_loss(student.train(), dict(collators[0](rows)))
+    batch = dict(collators[1](rows))
+    loss = full.compute_loss(student.train(), dict(batch))
+    torch.testing.assert_close(loss, 0.5 * student(**batch).loss)
+
+
+def test_classification_by_an_encoder_decoder_needs_none(tmp_path):
+    """Its decoder reads input_ids by design."""
+    teacher, student = (make_seq2seq("ForSequenceClassification", num_labels=2, eos_token_id=3) for _ in range(2))
+    trainer = make_trainer(tmp_path, student, teacher, method="kd")
+    assert trainer.compute_loss(student.train(), dict(trainer.data_collator(ROWS[:8]))).isfinite()
+
+
+@pytest.mark.parametrize("method", ["kd", "alp"])
+def test_a_decoding_teacher_keeps_no_cache(method, tmp_path):
+    teacher = make_model("llama", "ForCausalLM", seed=1)
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append(output))
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (8, 9)).tolist()]
+    trainer = make_trainer(tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, method=method)
+    trainer.compute_loss(trainer.model.train(), {name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+    assert [set(output) for output in seen] == [{"logits"}]
+
+
+def test_a_final_norm_in_float32_is_compared_all_the_same(tmp_path):
+    """As CUDA's autocast has it for a bf16 GPT-2: blocks in bf16, nn.LayerNorm in float32."""
+    teacher = make_model("gpt2", "ForCausalLM", seed=1).bfloat16()
+    student = student_from_teacher(teacher, 2)
+    for model in (teacher, student):
+        model.transformer.ln_f.register_forward_hook(lambda module, args, output: output.float())
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (8, 9)).tolist()]
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows=rows, collator=transformers.default_data_collator, method="alp",
+        arguments={"bf16": True, "max_steps": 1, "logging_steps": 1},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["alp"] > 0
