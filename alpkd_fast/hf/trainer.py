@@ -261,9 +261,7 @@ class DistillationTrainer(LengthGroupedTrainer):
     def _run_teacher(self, inputs: Inputs) -> Outputs:
         """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
         own = _accepted(inputs, self._teacher_inputs)
-        if (
-            "use_cache" in self._teacher_inputs
-        ):  # keys and values of all layers; of the student the Trainer turns it off
+        if "use_cache" in self._teacher_inputs:  # all layers' keys and values; for the student the Trainer turns it off
             own["use_cache"] = False
         with torch.no_grad():
             if not self.distillation.uses_hidden_states:
