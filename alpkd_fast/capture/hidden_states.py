@@ -69,7 +69,8 @@ class HiddenStates:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: got {pooling!r}; known poolings are {', '.join(POOLINGS)}")
         self.model, prefix = unwrap(model)
-        self.blocks = find_blocks(self.model, layers, final_norm, prefix)
+        self.blocks, norm = find_blocks(self.model, layers, final_norm, prefix)
+        self._final_norm = list(self.blocks).index(norm) if norm in self.blocks else None
         self.pooling = pooling
         self.row_weights: Tensor | None = None
         self._mask_argument = attention_mask
@@ -156,6 +157,8 @@ class HiddenStates:
             return None
         if not h.requires_grad:
             self._without_grad.add(index)
+        if index == self._final_norm:  # NanoChat runs it in front of the blocks too
+            self._rows = [entry for entry in self._rows if entry[0] != index]
         pooling = self._pooled = self._pooled or self._prepare(h)
         if pooling.kind == "token":
             self._rows.append((index, h))
