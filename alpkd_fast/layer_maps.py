@@ -102,9 +102,24 @@ def _from_mask(layer_map: Tensor, m: int, n: int) -> LayerTable:
     return tuple(tuple(j for j, allowed in enumerate(row) if allowed) for row in layer_map.tolist())
 
 
+class _BoolError(TypeError):
+    """A bool where an index should be."""
+
+
+def _index(j: int) -> int:
+    if str(getattr(j, "dtype", type(j).__name__)).endswith("bool"):  # Python's, numpy's and torch's: True is no layer 1
+        raise _BoolError
+    return index(j)
+
+
 def _from_indices(layer_map: Sequence[Sequence[int]], m: int, n: int) -> LayerTable:
     try:
-        rows = [[index(j) for j in layers] for layers in layer_map]
+        rows = [[_index(j) for j in layers] for layers in layer_map]
+    except _BoolError:
+        raise TypeError(
+            f"layer_map: got {layer_map!r}, which holds bools; a nested sequence holds teacher indices such as "
+            "[(0, 1), (2, 3)], and a table of bools is a tensor: pass torch.tensor(layer_map)"
+        ) from None
     except TypeError:
         raise TypeError(
             f"layer_map: got {layer_map!r}; pass one of {', '.join(k for k in KINDS if k != 'random')}, a bool tensor "

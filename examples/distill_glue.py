@@ -15,7 +15,6 @@ student layer attends to.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import shlex
@@ -33,6 +32,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alpkd_fast import alp_loss, make_layer_map
 from alpkd_fast.cli.main import main as alpkd
+from alpkd_fast.hf import student_from_teacher
 
 TASKS = {  # text columns, and the metric of GLUE beside accuracy
     "rte": (("sentence1", "sentence2"), None),
@@ -92,16 +92,6 @@ def read_glue(tokenizer, folder, task, split, batch_size, limit=None):
     rows = [json.loads(line) for line in lines]
     texts = [[row[column] for row in rows] for column in TASKS[task][0]]
     return Examples(tokenizer, texts, [row["label"] for row in rows], batch_size)
-
-
-def shallow_copy(teacher, num_layers):
-    """A student with the teacher's embeddings, head and every k-th layer."""
-    student = copy.deepcopy(teacher)
-    layers = student.base_model.encoder.layer
-    picked = make_layer_map("skip", num_layers, len(layers))  # 12 -> 4: layers 3, 6, 9 and 12, counted from 1
-    student.base_model.encoder.layer = torch.nn.ModuleList(layers[j] for (j,) in picked)
-    student.config.num_hidden_layers = num_layers
-    return student
 
 
 def alp_options(method, teacher, student, args):
@@ -207,10 +197,11 @@ def mean_attention(method, teacher, student, examples, args):
 def distil(teacher, training, validation, metric, args):
     """Train one student per method; save each with its attention, and return the scores of all."""
     teacher.eval()
-    student = shallow_copy(teacher, args.student_layers)
+    # Embeddings, head and every k-th layer of the teacher; 12 -> 4: layers 3, 6, 9 and 12, counted from 1.
+    student = student_from_teacher(teacher, args.student_layers, "skip")
     results = {"student before": evaluate(student, validation, metric) | {"seconds": 0.0}}
     for method in args.method:
-        student = shallow_copy(teacher, args.student_layers)
+        student = student_from_teacher(teacher, args.student_layers, "skip")
         loss = distillation_loss(method, teacher, student, args)
         seconds = train(student, training, loss, args.epochs, args.lr, args.seed, method)
         results[method] = evaluate(student, validation, metric) | {"seconds": seconds}
@@ -332,7 +323,8 @@ def main(argv=None):
     if args.teacher:
         metric = TASKS[args.task][1]
         tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-        teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher, num_labels=2)
+        # float32 whatever the file holds: AdamW on bfloat16 weights loses small steps.
+        teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher, num_labels=2, dtype=torch.float32)
         training = read_glue(tokenizer, args.data, args.task, "train", args.batch_size, args.train_rows)
         validation = read_glue(tokenizer, args.data, args.task, "validation", args.batch_size)
         if args.fine_tune:

@@ -1,5 +1,6 @@
 """What HiddenStates does around the forward: layers, masks, errors, checkpointing, compilation, memory."""
 
+import contextlib
 import weakref
 from collections import namedtuple
 
@@ -57,6 +58,53 @@ class TestTake:
         with torch.no_grad(), HiddenStates(model, pooling="cls") as second:
             model(**make_batch(1))
         assert_same([capture.take()], [second.take()], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("pooling", POOLINGS)
+    def test_rows_of_one_model_have_one_dtype(self, pooling):
+        """CUDA's autocast computes a bf16 GPT-2's final norm, and nothing else of its states, in float32."""
+        model, teacher = make_model("gpt2").bfloat16(), make_model("gpt2", seed=1).eval()
+        model.ln_f.register_forward_hook(lambda _, __, h: h.float())
+        expected = model(**make_batch(), output_hidden_states=True).hidden_states[1:]
+        assert [h.dtype for h in expected] == [torch.bfloat16, torch.bfloat16, torch.float32]
+        with HiddenStates(teacher, pooling=pooling) as t, HiddenStates(model, pooling=pooling) as s:
+            with torch.no_grad():
+                teacher(**make_batch())
+            model(**make_batch())
+        rows, weights = s.take(), s.row_weights
+        if pooling == "token":
+            assert_same([rows], [[h.float() for h in expected]], rtol=0, atol=0)
+        loss = alp_loss(rows, t.take(), weights)
+        loss.backward()
+        got = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        with torch.no_grad(), HiddenStates(teacher) as t:
+            teacher(**make_batch())
+        widened = [h.float() for h in model(**make_batch(), output_hidden_states=True).hidden_states[1:]]
+        want = alp_loss(widened, t.take(), make_batch()["attention_mask"], pooling=pooling)
+        want.backward()
+        torch.testing.assert_close(loss, want, rtol=0.01, atol=0)
+        for a, p in zip(got, model.parameters(), strict=True):
+            assert (a - p.grad).norm() <= 0.05 * p.grad.norm()
+
+    def test_rows_of_one_dtype_are_not_copied(self):
+        seen = []
+        model = make_model("gpt2").bfloat16().eval()
+        with torch.no_grad(), HiddenStates(model) as capture:
+            model.ln_f.register_forward_hook(lambda _, __, h: seen.append(h))
+            model(**make_batch())
+        assert capture.take()[-1] is seen[0]
+
+    @pytest.mark.parametrize("pooling", POOLINGS)
+    def test_blocks_on_two_devices(self, pooling, monkeypatch):
+        """As with device_map="auto"; the meta device computes no values, but takes no tensor of another device."""
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
+        model, mask = Chain(), make_batch()["attention_mask"]
+        model.second.to("meta")
+        model.second.register_forward_pre_hook(lambda _, args: args[0].to("meta"))
+        for given in (mask, None):
+            with HiddenStates(model, ["first", "second"], pooling, "padding") as capture:
+                model(torch.randn(BATCH, TOKENS, WIDTH), given)
+            assert [h.device.type for h in capture.take()] == ["cpu", "meta"]
 
     def test_says_which_block_did_not_run(self):
         model = make_model("bert")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import CONFIGS, FINAL_NORM, LAYERS, make_batch, make_model
+from tiny_models import CONFIGS, FINAL_NORM, LAYERS, OTHERS, make_batch, make_model, transformers
 
 from alpkd_fast import alp_loss
 from alpkd_fast.capture import HiddenStates
@@ -30,6 +30,38 @@ def test_tokens_equal_output_hidden_states(name, head):
         assert_same(rows, expected_rows(model, batch))
     assert len(rows) == LAYERS
     assert torch.equal(capture.row_weights, batch["attention_mask"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_tokens_of_other_architectures(name):
+    model, batch = make_model(name, OTHERS[name][2]), make_batch()
+    with torch.no_grad(), HiddenStates(model) as capture:
+        expected = expected_rows(model, batch)
+    assert_same(capture.take(), expected)
+
+
+def test_an_encoder_alone():
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=LAYERS, num_heads=2)
+    model, batch = transformers.T5EncoderModel(config).eval(), make_batch()
+    with torch.no_grad(), HiddenStates(model) as capture:
+        expected = expected_rows(model, batch)
+    assert_same(capture.take(), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("vit", {"image_size": 8, "patch_size": 4}),  # its ``layernorm`` is not part of the last hidden state
+        ("wav2vec2", {"conv_dim": [8], "conv_kernel": [4], "conv_stride": [4]}),  # ``layer_norm`` before the blocks
+    ],
+)
+def test_a_norm_that_is_not_the_last_ones(kind, options):
+    small = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **small, **options)).eval()
+    shape = (2, 3, 8, 8) if kind == "vit" else (2, 64)
+    with torch.no_grad(), HiddenStates(model) as capture:
+        expected = model(torch.randn(shape), output_hidden_states=True).hidden_states[1:]
+    assert_same(capture.take(), expected)
 
 
 @pytest.mark.parametrize("name", FINAL_NORM)

@@ -54,6 +54,7 @@ def test_commands_exist(command):
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
     elif program == "pip":
         assert arguments[0] == "install"
+        assert not any("alpkd-fast" in argument for argument in arguments), "no package index has it"
     elif program == "alpkd":
         pytest.importorskip("transformers")
         main = importlib.import_module("alpkd_fast.cli.main")

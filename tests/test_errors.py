@@ -82,6 +82,12 @@ BAD = {
     "map-type": (s(), t(), None, {"layer_map": 3}, TypeError, ["layer_map", "3", "no-overlap", "sequence"]),
     "map-flat": (s(), t(), None, {"layer_map": [0, 1, 2]}, TypeError, ["layer_map", "[0, 1, 2]", "sequence"]),
     "map-fraction": (s(), t(), None, {"layer_map": [(0,), (1.5,), (2,)]}, TypeError, ["layer_map", "1.5"]),
+    "map-bools": (s(), t(), None, {"layer_map": torch.ones(M, N).bool().tolist()}, TypeError,
+                  ["layer_map", "[True, True, True, True]", "bools", "indices", "torch.tensor(layer_map)"]),
+    "map-numpy-bools": (s(), t(), None, {"layer_map": [*torch.ones(M, N).bool().numpy()]}, TypeError,
+                        ["layer_map", "bools", "torch.tensor"]),
+    "map-torch-bools": (s(), t(), None, {"layer_map": [[*row] for row in torch.ones(M, N).bool()]}, TypeError,
+                        ["layer_map", "bools", "torch.tensor"]),
     "map-m-above-n": (layers(5), t(), None, {"layer_map": "no-overlap"}, ValueError, ["m=5", "n=4", '"all"']),
     "map-m-above-n-skip": (layers(5), t(), None, {"layer_map": "skip"}, ValueError, ["m=5", "n=4", '"all"']),
     # attention_mask

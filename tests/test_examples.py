@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import distill_glue  # noqa: E402
 import generated_task  # noqa: E402
+from tiny_models import make_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +91,20 @@ def test_fine_tuning_writes_a_teacher(folders, tmp_path):
     assert again["teacher"]["F1"] == results["teacher"]["F1"]
 
 
-def test_a_shallow_copy_holds_copies_of_the_picked_layers():
-    teacher = generated_task.make_bert(30, layers=6)
-    student = distill_glue.shallow_copy(teacher, 2)
-    for i, j in enumerate((2, 5)):
-        for mine, theirs in zip(
-            student.bert.encoder.layer[i].parameters(), teacher.bert.encoder.layer[j].parameters(), strict=True
-        ):
-            assert mine.equal(theirs)
-            assert mine.data_ptr() != theirs.data_ptr()
-    assert teacher.config.num_hidden_layers == len(teacher.bert.encoder.layer) == 6
+@pytest.mark.parametrize("name", ["distilbert", "modernbert", "roberta"])
+def test_other_encoders(name, folders, tmp_path):
+    """Also one whose file holds bfloat16."""
+    model = make_model(name, "ForSequenceClassification", vocab_size=50).bfloat16()
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer = generated_task.make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    data = ["--teacher", tmp_path / "teacher", "--data", folders / "data", "--output", tmp_path / "out"]
+    methods = ["--method", "alp", "pkd-skip", "--student-layers", 2, "--train-rows", 16]
+    results = distill_glue.main([str(argument) for argument in (*data, *methods)])
+    assert len(results["alp"]["entropy"]) == 2
+    student = distill_glue.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "alp")
+    assert (student.config.num_hidden_layers, student.dtype) == (2, torch.float32)
 
 
 def test_batches_hold_every_row_once_and_pad_little():

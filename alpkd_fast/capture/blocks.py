@@ -8,6 +8,21 @@ from torch import nn
 
 # What transformers' backbones call the norm after the last block; it belongs to their last hidden state.
 _FINAL_NORMS = ("norm", "ln_f", "final_norm", "final_layer_norm", "final_layernorm", "norm_f", "ln_final")
+# Names that are the last norm's in models of text alone: ViT's last hidden state comes before its ``layernorm``, and
+# Wav2Vec2's ``layer_norm`` stands in front of the blocks.
+_FINAL_NORMS_OF_TEXT = ("layer_norm", "layernorm", "ln", "emb_layer_norm_after")
+# Models that give the last norm a name that others give to a norm of the embeddings; or none: Reformer's last norm is
+# that of two streams.
+_FINAL_NORMS_OF_TYPE = {
+    "bigbird_pegasus": ("layernorm_embedding",),
+    "lfm2": ("embedding_norm",),
+    "lfm2_moe": ("embedding_norm",),
+    "lfm3": ("embedding_norm",),
+    "reformer": (),
+    "roberta-prelayernorm": ("LayerNorm",),
+    "xlm-roberta-xl": ("LayerNorm",),
+    "xmod": ("LayerNorm",),
+}
 
 # Wrappers by name, so that none of them has to be imported: where they keep the model.
 _WRAPPERS = {
@@ -32,8 +47,9 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
 
 def find_blocks(
     model: nn.Module, layers: Sequence[int | str] | None, final_norm: bool, prefix: str = ""
-) -> dict[str, nn.Module]:
-    """Return the modules whose outputs are the hidden states, by name, in the order of ``layers``.
+) -> tuple[dict[str, nn.Module], str | None]:
+    """Return the modules whose outputs are the hidden states, by name, in the order of ``layers``; and the name of the
+    final norm, where it was found in place of the last block.
 
     Names may be those of the model or, with the ``prefix`` in front, those of its wrapper.
     """
@@ -41,10 +57,10 @@ def find_blocks(
         raise ValueError("layers: got none; pass block indices, module names, or None for every block")
     if layers is not None and all(isinstance(layer, str) for layer in layers):
         names = [str(name).removeprefix(prefix) for name in layers]
-        return {name: _named(model, name) for name in names}
-    blocks = _blocks(model, final_norm)
+        return {name: _named(model, name) for name in names}, None
+    blocks, norm = _blocks(model, final_norm)
     if layers is None:
-        return dict(blocks)
+        return dict(blocks), norm
     if not all(isinstance(layer, int) for layer in layers):
         raise TypeError(f"layers: got {layers!r}; pass either block indices or module names")
     chosen = {}
@@ -55,7 +71,7 @@ def find_blocks(
         if name in chosen:
             raise ValueError(f"layers: index {layer} names block {name!r} a second time; name each block once")
         chosen[name] = module
-    return chosen
+    return chosen, norm
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
@@ -67,8 +83,8 @@ def _named(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"layers: {type(model).__name__} has no module named {name!r}{hint}") from None
 
 
-def _blocks(model: nn.Module, final_norm: bool) -> list[tuple[str, nn.Module]]:
-    """The transformer's blocks: the one ModuleList whose length is ``config.num_hidden_layers``."""
+def _blocks(model: nn.Module, final_norm: bool) -> tuple[list[tuple[str, nn.Module]], str | None]:
+    """The transformer's blocks: the one ModuleList whose length is ``config.num_hidden_layers``; and its final norm."""
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -84,15 +100,28 @@ def _blocks(model: nn.Module, final_norm: bool) -> list[tuple[str, nn.Module]]:
         )
     ((path, module_list),) = lists
     blocks = [(f"{path}.{i}", block) for i, block in enumerate(module_list)]
-    prefix = path.rpartition(".")[0]
-    owner = model.get_submodule(prefix)
-    prefix += "." if prefix else ""
-    convolution = getattr(owner, "conv", None)
+    owner = path.rpartition(".")[0]
+    convolution = getattr(model.get_submodule(owner), "conv", None)
     if isinstance(convolution, nn.Module):  # DeBERTa-v2 XL: its convolution completes the first block
-        blocks[0] = (f"{prefix}conv", convolution)
-    if final_norm:
-        for name in _FINAL_NORMS:
-            norm = getattr(owner, name, None)
-            if isinstance(norm, nn.Module):
-                blocks[-1] = (f"{prefix}{name}", norm)
-    return blocks
+        blocks[0] = (f"{owner}.conv".removeprefix("."), convolution)
+    norm = _final_norm(model, owner) if final_norm else None
+    if norm is not None:
+        blocks[-1] = (norm, model.get_submodule(norm))
+    return blocks, norm
+
+
+def _final_norm(model: nn.Module, owner: str) -> str | None:
+    """The name of the norm that completes the last hidden state; ``owner`` is the module that holds the blocks."""
+    names: tuple[str, ...] = _FINAL_NORMS
+    if getattr(model, "main_input_name", None) == "input_ids":
+        names += _FINAL_NORMS_OF_TEXT
+    holders = [owner]
+    model_type = getattr(model.config, "model_type", "")
+    if model_type in _FINAL_NORMS_OF_TYPE:
+        names = _FINAL_NORMS_OF_TYPE[model_type]
+        holders.append(owner.rpartition(".")[0])  # where RoBERTa-PreLayerNorm has it
+    for holder in holders:
+        for name in names:
+            if isinstance(getattr(model.get_submodule(holder), name, None), nn.Module):
+                return f"{holder}.{name}".removeprefix(".")
+    return None

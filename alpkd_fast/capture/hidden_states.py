@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +69,8 @@ class HiddenStates:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: got {pooling!r}; known poolings are {', '.join(POOLINGS)}")
         self.model, prefix = unwrap(model)
-        self.blocks = find_blocks(self.model, layers, final_norm, prefix)
+        self.blocks, norm = find_blocks(self.model, layers, final_norm, prefix)
+        self._final_norm = list(self.blocks).index(norm) if norm in self.blocks else None
         self.pooling = pooling
         self.row_weights: Tensor | None = None
         self._mask_argument = attention_mask
@@ -87,7 +88,10 @@ class HiddenStates:
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
-            *(block.register_forward_hook(partial(self._collect, i)) for i, block in enumerate(self.blocks.values())),
+            *(
+                block.register_forward_hook(functools.partial(self._collect, i))
+                for i, block in enumerate(self.blocks.values())
+            ),
         ]
         return self
 
@@ -99,7 +103,8 @@ class HiddenStates:
     def take(self) -> list[Tensor]:
         """Return the last forward's rows, one tensor per layer, and let go of them.
 
-        (..., S, D) for "token", else (..., D), in the layer's dtype; "mean" is computed and kept in at least float32.
+        (..., S, D) for "token", else (..., D), each on its layer's device. Their dtype is the layers'; where these
+        differ, it is the one that all of them promote to. "mean" is computed and kept in at least float32.
         """
         names = list(self.blocks)
         missing = sorted(set(range(len(names))) - {index for index, _ in self._rows})
@@ -116,7 +121,9 @@ class HiddenStates:
             )
         rows = [rows for _, rows in sorted(self._rows, key=lambda entry: entry[0])]
         self._rows = []
-        return rows
+        # Of a bf16 GPT-2 under CUDA's autocast only the final norm gives float32; the loss takes one dtype per model.
+        dtype = functools.reduce(torch.promote_types, (h.dtype for h in rows))
+        return [h.to(dtype) for h in rows]
 
     def _position_of_mask(self, name: str) -> int | None:
         parameters = inspect.signature(self.model.forward).parameters
@@ -156,7 +163,9 @@ class HiddenStates:
             return None
         if not h.requires_grad:
             self._without_grad.add(index)
-        pooling = self._pooled = self._pooled or self._prepare(h)
+        if index == self._final_norm:  # NanoChat runs it in front of the blocks too
+            self._rows = [entry for entry in self._rows if entry[0] != index]
+        pooling = self._pooled = self._pooled.on(h.device) if self._pooled else self._prepare(h)
         if pooling.kind == "token":
             self._rows.append((index, h))
         elif h.requires_grad:

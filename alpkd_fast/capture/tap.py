@@ -27,6 +27,12 @@ class Pooling:
     kind: str
     where: Tensor | None = None
 
+    def on(self, device: torch.device) -> Pooling:
+        """The same pooling for hidden states on the device."""
+        if self.where is None or self.where.device == device:
+            return self
+        return Pooling(self.kind, self.where.to(device))
+
     def rows(self, h: Tensor) -> Tensor:
         """Return new rows (..., D): of h's dtype, or of the shares' (at least float32) for "mean"."""
         if self.kind == "cls":

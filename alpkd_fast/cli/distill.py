@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from . import options
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     work = load_work(args, args.teacher)
     teacher = load_model(args.teacher, work.task, new_head=False)
     if args.student is not None:
-        student = load_model(args.student, work.task, new_head=True)
+        task = replace(work.task, num_labels=teacher.config.num_labels)  # the data may lack the last class
+        student = load_model(args.student, task, new_head=True)
     else:
         student = student_from_teacher(teacher, args.depth, layers, hidden_size=args.hidden_size)
 

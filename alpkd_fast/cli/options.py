@@ -85,7 +85,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", required=True, metavar="DIR", help="folder of the model, metrics and plots")
     group.add_argument("--seed", type=int, default=0, help="%(default)s")
     group.add_argument("--save-steps", type=_positive, metavar="STEPS", help="leave a checkpoint every so many steps")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    flag = argparse.BooleanOptionalAction  # "resume: false" in a file is --no-resume
+    group.add_argument("--resume", action=flag, default=False, help="go on from the checkpoint in the output folder")
 
 
 def add_student(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import torch
 from ..hf.data import Rows, encode, length_order, load_rows
 from ..hf.extras import require
 from ..hf.losses import hard_loss
-from ..hf.tasks import Task
+from ..hf.tasks import TASKS, Task
 from .options import chosen_task
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def load_work(args: argparse.Namespace, model_folder: str) -> Work:
     tokenizer = _pretrained(transformers.AutoTokenizer, model_folder)
     rows = load_rows(args.data, task, "train", args.train_rows), load_rows(args.data, task, task.validation_split)
     if task.kind == "classification" and task.num_labels is None:
-        task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in rows[0]))
+        # The rows that --train-rows leaves may lack the last class.
+        every = rows[0] if args.train_rows is None else load_rows(args.data, task, "train")
+        task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in (*every, *rows[1])))
     train, validation = (encode(split, task, tokenizer, args.max_length) for split in rows)
     if task.kind == "mlm":
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mask_share)
@@ -56,15 +58,23 @@ def load_work(args: argparse.Namespace, model_folder: str) -> Work:
 
 
 def load_model(folder: str, task: Task, new_head: bool) -> PreTrainedModel:
-    """Load a model with the task's head: a new one for fine-tuning, else the one that was trained."""
+    """Load a model in float32 with the task's head: a new one for fine-tuning, else the one that was trained.
+
+    transformers would keep the dtype of the file: AdamW on bfloat16 weights loses small steps, and float16's
+    GradScaler refuses float16 gradients. --precision is autocast's, over float32 weights.
+    """
     transformers = require("transformers", "training")
+    load: dict[str, Any] = {"dtype": torch.float32}
     if task.kind == "mlm":
-        return _pretrained(transformers.AutoModelForMaskedLM, folder)  # type: ignore[no-any-return]
-    head = {"num_labels": task.num_labels, "ignore_mismatched_sizes": True} if new_head else {}
-    model = _pretrained(transformers.AutoModelForSequenceClassification, folder, **head)
-    if model.config.num_labels != task.num_labels:
+        return _pretrained(transformers.AutoModelForMaskedLM, folder, **load)  # type: ignore[no-any-return]
+    if new_head:
+        load |= {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}
+    model = _pretrained(transformers.AutoModelForSequenceClassification, folder, **load)
+    needed, outputs = task.num_labels or 1, model.config.num_labels
+    counted = TASKS[task.name].num_labels is None  # in the data, which may lack the teacher's last class
+    if outputs < needed or (outputs > needed and not counted):
         raise ValueError(
-            f"--teacher: {folder} has {model.config.num_labels} outputs, task {task.name} needs {task.num_labels}; "
+            f"--teacher: {folder} has {outputs} outputs, task {task.name} needs {needed}; "
             "fine-tune it with alpkd finetune first"
         )
     return model  # type: ignore[no-any-return]

@@ -74,6 +74,28 @@ def test_config_file_comes_before_the_command_line(tmp_path):
     ]  # fmt: skip
 
 
+def boolean_options(command):
+    """Names as a file has them, of the command's options that take no value."""
+    commands = next(action.choices for action in make_parser()._actions if isinstance(action.choices, dict))
+    actions = [action for action in commands[command]._actions if action.nargs == 0 and action.dest != "help"]
+    return [action.option_strings[0].removeprefix("--") for action in actions]
+
+
+@pytest.mark.parametrize("command", ["distill", "finetune", "sweep"])
+@pytest.mark.parametrize("value", [True, False])
+def test_every_boolean_option_can_stand_in_a_file(command, value, tmp_path):
+    pytest.importorskip("yaml")
+    names = boolean_options(command)
+    assert "cpu" in names
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{name}: {str(value).lower()}\n" for name in names))
+    argv = [command, *DISTILL[1:], "--config", str(path)]
+    if command == "finetune":
+        argv[1] = "--model"
+    args = vars(make_parser().parse_args(with_config_file(argv)))
+    assert [args[name.replace("-", "_")] for name in names] == [value] * len(names)
+
+
 def test_options_reach_the_configuration(tmp_path):
     pytest.importorskip("yaml")
     path = tmp_path / "run.yaml"

@@ -10,10 +10,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
-from tiny import sentences, write_jsonl
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer
+from tiny import bert, sentences, write_jsonl
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from alpkd_fast.cli.main import main
 
@@ -161,6 +162,60 @@ def test_distill_refuses_missing_folders(folder, teacher, tmp_path, capsys, monk
     assert "has no train with one of .jsonl" in capsys.readouterr().err
     assert main(["distill", *options(folder, tmp_path / "nothing", tmp_path / "run")]) == 2
     assert "is neither a folder with a transformers model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_trained_is_float32_whatever_the_file_holds(folder, teacher, tmp_path, dtype):
+    for name, source in (("model", folder / "model"), ("teacher", teacher)):
+        model = AutoModelForSequenceClassification.from_pretrained(source).to(dtype)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / name)
+    common = ["--task", "sst2", "--data", str(folder / "data"), "--cpu", "--epochs", "1", "--train-rows", "32"]
+    argv = ["finetune", "--model", str(tmp_path / "model"), *common]
+    assert main([*argv, "--output", str(tmp_path / "tuned")]) == 0
+    outputs = ["tuned"]
+    for precision, made in (("fp32", ["--depth", "2"]), ("bf16", ["--student", str(tmp_path / "model")])):
+        outputs.append(precision)
+        argv = ["distill", "--teacher", str(tmp_path / "teacher"), *common, *made, "--precision", precision]
+        assert main([*argv, "--output", str(tmp_path / precision)]) == 0
+    for name in outputs:
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name, dtype="auto")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}, name
+
+
+def test_a_class_that_the_chosen_rows_lack(folder, tmp_path):
+    """The last class stands in one row of 192; --train-rows 4 leaves it out, and the validation rows lack it."""
+    rows = sentences(192)
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*rows[:-1], {**rows[-1], "label": 2}])
+    write_jsonl(tmp_path / "data" / "validation.jsonl", sentences(20))
+    data = ["--task", "classification", "--text-columns", "sentence", "--data", str(tmp_path / "data"), "--cpu"]
+    data += ["--train-rows", "4", "--epochs", "1"]
+    assert main(["finetune", "--model", str(folder / "model"), *data, "--output", str(tmp_path / "t")]) == 0
+    teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "t")
+    assert teacher.config.num_labels == 3
+    # Where no row has the class, the teacher's outputs count.
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    for name, made in (("s", ["--depth", "2"]), ("s2", ["--student", str(folder / "model")])):
+        argv = ["distill", "--teacher", str(tmp_path / "t"), *data, *made, "--output", str(tmp_path / name)]
+        assert main(argv) == 0
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / name).config.num_labels == 3
+
+
+def test_a_class_of_the_validation_rows_alone(folder, tmp_path):
+    write_jsonl(tmp_path / "data" / "train.jsonl", sentences(32))
+    rows = sentences(20)
+    write_jsonl(tmp_path / "data" / "validation.jsonl", [*rows, {**rows[0], "label": 2}])
+    data = ["--task", "classification", "--text-columns", "sentence", "--data", str(tmp_path / "data"), "--cpu"]
+    argv = ["finetune", "--model", str(folder / "model"), *data, "--epochs", "1", "--output", str(tmp_path / "t")]
+    assert main(argv) == 0
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "t").config.num_labels == 3
+
+
+def test_a_task_with_fixed_classes_refuses_a_teacher_of_more(folder, tmp_path, capsys):
+    bert(num_labels=3).save_pretrained(tmp_path / "three")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "three")
+    assert main(["distill", *options(folder, tmp_path / "three", tmp_path / "run")]) == 2
+    assert "has 3 outputs, task sst2 needs 2" in capsys.readouterr().err
 
 
 def test_teacher_of_another_task(folder, tmp_path, capsys):
