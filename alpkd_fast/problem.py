@@ -76,12 +76,13 @@ def make_problem(
         )
     if attention_mask is not None:
         _check_mask(attention_mask, lead, student[0].device)
+    every = isinstance(layer_map, str) and layer_map == "all"  # an array would compare its elements
     return Problem(
         student=student,
         teacher=teacher,
         row_weights=attention_mask,
         pooling=pooling,
-        layer_map=None if layer_map == "all" else parse_layer_map(layer_map, len(student), len(teacher)),
+        layer_map=None if every else parse_layer_map(layer_map, len(student), len(teacher)),
         scale=_scale(scale, student[0]),
         layer_weights=None if layer_weights is None else constant_layer_weights(layer_weights, len(student)),
         normalize=bool(normalize),

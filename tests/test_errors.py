@@ -84,7 +84,7 @@ BAD = {
     "map-fraction": (s(), t(), None, {"layer_map": [(0,), (1.5,), (2,)]}, TypeError, ["layer_map", "1.5"]),
     "map-bools": (s(), t(), None, {"layer_map": torch.ones(M, N).bool().tolist()}, TypeError,
                   ["layer_map", "[True, True, True, True]", "bools", "indices", "torch.tensor(layer_map)"]),
-    "map-numpy-bools": (s(), t(), None, {"layer_map": [*torch.ones(M, N).bool().numpy()]}, TypeError,
+    "map-numpy-bools": (s(), t(), None, {"layer_map": torch.ones(M, N).bool().numpy()}, TypeError,
                         ["layer_map", "bools", "torch.tensor"]),
     "map-torch-bools": (s(), t(), None, {"layer_map": [[*row] for row in torch.ones(M, N).bool()]}, TypeError,
                         ["layer_map", "bools", "torch.tensor"]),

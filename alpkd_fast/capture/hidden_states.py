@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -88,10 +88,7 @@ class HiddenStates:
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
-            *(
-                block.register_forward_hook(functools.partial(self._collect, i))
-                for i, block in enumerate(self.blocks.values())
-            ),
+            *(block.register_forward_hook(partial(self._collect, i)) for i, block in enumerate(self.blocks.values())),
         ]
         return self
 
@@ -122,7 +119,7 @@ class HiddenStates:
         rows = [rows for _, rows in sorted(self._rows, key=lambda entry: entry[0])]
         self._rows = []
         # Of a bf16 GPT-2 under CUDA's autocast only the final norm gives float32; the loss takes one dtype per model.
-        dtype = functools.reduce(torch.promote_types, (h.dtype for h in rows))
+        dtype = reduce(torch.promote_types, (h.dtype for h in rows))
         return [h.to(dtype) for h in rows]
 
     def _position_of_mask(self, name: str) -> int | None:

@@ -267,7 +267,7 @@ class DistillationTrainer(LengthGroupedTrainer):
             if not self.distillation.uses_hidden_states:
                 return self.teacher(**own).logits, None
             with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:
-                return self.teacher(**own).logits, _of_one_dtype(captured.take())
+                return self.teacher(**own).logits, captured.take()
 
     def _run_models(
         self, model: nn.Module, inputs: Inputs, mask: Tensor, rows: Tensor
@@ -288,7 +288,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         details: list[tuple[ALPOutput, slice]] = []
 
         def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
-            layers, weights = _of_one_dtype(captured.take()), captured.row_weights
+            layers, weights = captured.take(), captured.row_weights
             # The backward of torch.split puts the parts' gradients together, without dense zeros for each.
             parts = iter([layers]) if size is None else zip(*(h.split(size) for h in layers), strict=True)
 
@@ -431,11 +431,6 @@ def _inputs_of(model: nn.Module) -> list[str]:
 def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
     """The inputs that a model takes, without the labels: the losses are computed here."""
     return {name: value for name, value in inputs.items() if name in names and name != "labels"}
-
-
-def _of_one_dtype(layers: list[Tensor]) -> list[Tensor]:
-    """In the first layer's: of a bf16 model under autocast, the blocks give bf16 and nn.LayerNorm float32."""
-    return [h.to(layers[0].dtype) for h in layers]
 
 
 def _chosen(name: str, layers: list[int] | None, count: int) -> list[int]:
