@@ -109,6 +109,10 @@ def test_dtypes(dtypes, D):
     check(states(3, (2, 5), D, dtypes[0]), states(5, (2, 5), D, dtypes[1], 1), MASK[:2])
 
 
+def test_layer_weights_are_as_exact_as_the_states():
+    check(states(2, (5,), 16, F64), states(3, (5,), 16, F64, 1), layer_weights=(0.1, 0.7))
+
+
 @pytest.mark.parametrize(
     "mask", [MASK.bool(), MASK.half(), MASK.bfloat16() * 0.5, MASK.double() * 0.1, MASK.to(torch.int8)],
     ids=lambda mask: str(mask.dtype).removeprefix("torch."),

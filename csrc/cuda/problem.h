@@ -58,7 +58,7 @@ struct Problem {
   int pairs_m, pairs_n;  // vector kernel: layers of the largest group, padded to whole tiles
 
   Layer layers[kLayers];       // m student layers, then n teacher layers, active ones first
-  float omega[kLayers];        // of student slots
+  double omega[kLayers];       // of student slots
   uint16_t original[kLayers];  // index of the layer as the caller counts, per side
   Group groups[kGroups];
   uint16_t index[kIndices];
