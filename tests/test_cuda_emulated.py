@@ -166,6 +166,19 @@ def test_vector_kernel(monkeypatch, device, m, n, D):
     assert launched() == ["alp_vector", "alp_scale_gradients"]
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(lambda m, seed: states(m, (1,), 37, F32, seed), id="one-row"),
+        pytest.param(lambda m, seed: [h[:, 0] for h in states(m, (5, 4), 37, F32, seed)], id="every-fourth-row"),
+        pytest.param(lambda m, seed: [h[..., :6] for h in states(m, (5,), 8, F32, seed)], id="cut-off"),
+    ],
+)
+def test_aligned_rows_whose_length_is_not(layers):
+    """Rows at 16-byte steps whose last vector is not full."""
+    check(layers(3, 0), layers(5, 1), None, teacher_grad=False)
+
+
 ROW_OPTIONS = {
     "cls": {"pooling": "cls"}, "last": {"pooling": "last"}, "detach": {"detach_attention": True},
     "no-overlap": {"layer_map": "no-overlap"}, "skip": {"layer_map": "skip"}, "average": {"scale": 0.0},

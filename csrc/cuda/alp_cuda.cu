@@ -197,10 +197,11 @@ std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call&
                  stages};
 }
 
-// For fp32, where a row fits in shared memory.
+// For fp32, where D is a multiple of 4 and a row fits in shared memory.
 template <class P>
 std::optional<Plan<P>> plan_vector(const Device& device, const P& p, const Call& call) {
   const int64_t D = p.weights.D, vectors = D / 4;
+  if (D % 4 != 0) return std::nullopt;
   const Largest most = largest_group(call.map);
   // The tile of student layers that leaves the fewest empty.
   const int students = most.m % 4 == 0 ? 4 : most.m <= 2 ? 2 : most.m % 3 == 0 || most.m == 5 ? 3 : 4;
