@@ -307,6 +307,20 @@ def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(kern
 # ---- Rows, weights and layers -------------------------------------------------------------------------
 
 
+def test_a_card_with_little_shared_memory(monkeypatch):
+    """The 99 KiB of capability 8.6 and 8.9: what does not fit beside 32 columns goes to scratch memory, and more
+    layers than anybody has take fewer columns at a time."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", "9")
+    check(states(64, (2,), 44, F64), states(32, (2,), 44, F64, 1))
+    check(states(216, (1,), 36, F64), states(40, (1,), 36, F64, 1), details=False)
+
+
+def test_what_no_block_can_hold_is_refused(monkeypatch):
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES["10KiB"])
+    with pytest.raises(RuntimeError, match=r"64 student and 8 teacher layers .* of shared memory.* has 10240"):
+        emulated(make_problem(states(64, (1,), 64, F64), states(8, (1,), 64, F64, 1)))
+
+
 def test_many_row_weights_are_added_up_first():
     weights = torch.zeros(2500)
     weights[::600] = torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0])
