@@ -198,6 +198,10 @@ def test_options_of_the_kernels_that_take_rows(monkeypatch, device, name, dtype)
     assert launched()[0] == KERNEL_OF[dtype]
 
 
+# 12 student layers: as many groups, of 156 and 168 indices
+ALL_BUT_ONE = {n: [[j for j in range(n) if j != i] for i in range(12)] for n in (14, 15)}
+
+
 @pytest.mark.parametrize(
     ("m", "n", "D", "dtypes", "options"),
     [
@@ -207,12 +211,21 @@ def test_options_of_the_kernels_that_take_rows(monkeypatch, device, name, dtype)
         (6, 12, 64, (F32, F32), {"pooling": "cls"}), (6, 12, 64, (BF16, BF16), {"teacher_grad": True}),
         (17, 20, 32, (BF16, BF16), {}), (6, 33, 32, (BF16, BF16), {}), (4, 36, 32, (BF16, BF16), {"layer_map": "skip"}),
         (6, 36, 32, (BF16, BF16), {"layer_map": "skip"}), (16, 32, 1536, (F32, F32), {}),
+        (16, 32, 1160, (F32, F32), {}), (16, 32, 1164, (F32, F32), {}), (24, 25, 32, (F32, F32), {}),
+        (12, 12, 32, (F32, F32), {"layer_map": "skip"}), (13, 13, 32, (F32, F32), {"layer_map": "skip"}),
+        (12, 14, 32, (F32, F32), {"layer_map": ALL_BUT_ONE[14]}),
+        (12, 15, 32, (F32, F32), {"layer_map": ALL_BUT_ONE[15]}),
+        (4, 12, 4096, (BF16, BF16), {}), (4, 12, 4096, (BF16, BF16), {"layer_map": "no-overlap"}),
+        (4, 12, 4096, (BF16, BF16), {"layer_map": "skip"}), (4, 12, 2048, (BF16, BF16), {"layer_map": "no-overlap"}),
+        (4, 12, 4096, (BF16, BF16), {"layer_map": "no-overlap", "layer_weights": (1.0, 0.0, 0.0, 0.0)}),
+        (2, 3, 32, (BF16, BF16), {"layer_weights": (0.0, 0.0)}),
     ],
 )  # fmt: skip
 def test_dispatch_knows_which_problems_have_a_kernel(monkeypatch, m, n, D, dtypes, options):
     monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 232448)
-    student = [h.requires_grad_() for h in states(m, (1, 2), D, dtypes[0])]
-    teacher = [h.requires_grad_("teacher_grad" in options) for h in states(n, (1, 2), D, dtypes[1], 1)]
+    lead = (7, 1)  # more than two rows to a multiprocessor: as of many
+    student = [h.requires_grad_() for h in states(m, lead, D, dtypes[0])]
+    teacher = [h.requires_grad_("teacher_grad" in options) for h in states(n, lead, D, dtypes[1], 1)]
     given = {name: value for name, value in options.items() if name != "teacher_grad"}
     problem = make_problem(student, teacher, details=True, **given)
     launched()
