@@ -63,9 +63,9 @@ struct Problem {
   Group groups[kGroups];
   uint16_t index[kIndices];
 };
-// Kernel parameters may take 32764 bytes; the small one keeps the launch of a usual problem short.
+// Kernel parameters may take 32764 bytes; the small ones keep the launch of a usual problem short.
 using SmallProblem = Problem<48, 12, 160>;
 using LargeProblem = Problem<256, 128, 8320>;
-static_assert(sizeof(LargeProblem) <= 32764);
+static_assert(sizeof(SmallProblem) <= 4096 && sizeof(LargeProblem) <= 32764);
 
 }  // namespace alp::cuda
