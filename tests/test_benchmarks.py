@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -144,6 +145,29 @@ def test_runs_take_turns():
     times = measure.take_turns(runs, CPU, 0.0, 40)
     assert {name: len(wall) for name, (_, wall) in times.items()} == {"a": 40, "b": 40}
     assert seen.index("b1") < seen.index("a21")  # not one after the other
+
+
+def test_launches_are_kernels_alone(monkeypatch):
+    """Neither copies, nor the annotation of a compiled region, which the profiler shows on the GPU too."""
+    cuda, event = torch.autograd.DeviceType.CUDA, torch.autograd.profiler_util.FunctionEvent
+    made = [
+        event(k, name, 0, 0, 1, device_type=device, is_user_annotation=annotation)
+        for k, (name, device, annotation) in enumerate(
+            [("alp_matrix", cuda, False), ("Memcpy DtoD", cuda, False), ("## Call CompiledFxGraph f0 ##", cuda, True),
+             ("triton_poi_fused_mul_0", cuda, False), ("aten::mul", torch.autograd.DeviceType.CPU, False)]
+        )
+    ]  # fmt: skip
+
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+
+        def events(self):
+            return made
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    assert measure.kernel_launches(lambda k: None, torch.device("cuda")) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
