@@ -22,6 +22,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("alpkd_fast benchmarks")
     group.addoption("--quick", action="store_true", help="the main cases only, in about a minute")
     group.addoption("--full", action="store_true", help="everything that the results file does not hold yet")
+    group.addoption("--resume", action="store_true", help="only what the results file does not hold yet, at any level")
     group.addoption("--results", type=Path, default=results.RESULTS / "local.csv", help="the CSV that grows")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--default-malloc", action="store_true", help="leave the C library's allocator as it is")
@@ -36,6 +37,10 @@ def pytest_configure(config):
 
 def level(config) -> str:
     return "full" if config.option.full else "quick" if config.option.quick else "default"
+
+
+def level_of(command: str) -> str:
+    return "full" if "--full" in command else "quick" if "--quick" in command else "default"
 
 
 def command(config) -> str:
@@ -102,15 +107,16 @@ def record(request, session):
 
 @pytest.fixture
 def done(request):
-    """Whether a full run's results file holds this case already: done(case, dtype, mode) skips the test."""
+    """Skips a test whose case the results file of a full or resumed run holds: done(case, dtype, mode)."""
     option = request.config.option
     held = []
-    if option.full and option.results.exists():
-        here = results.commit(), results.device_name(torch.device(option.device))
-        held = [row for row in results.read([option.results]) if (row.commit, row.device) == here]
+    if (option.full or option.resume) and option.results.exists():
+        here = results.commit(), results.device_name(torch.device(option.device)), level(request.config)
+        rows = results.read([option.results])
+        held = [row for row in rows if (row.commit, row.device, level_of(row.command)) == here]
 
     def skip(**fields):
-        if any("--full" in row.command and all(getattr(row, k) == v for k, v in fields.items()) for row in held):
+        if any(all(getattr(row, k) == v for k, v in fields.items()) for row in held):
             pytest.skip("the results file holds it already")
 
     return skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import math
 import os
 import re
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of an installed package")
 
-from benchmarks import cases, measure, providers, results, runner, steps  # noqa: E402
+from benchmarks import cases, gpu_report, measure, providers, results, runner, steps  # noqa: E402
 from benchmarks.floor import Machine, Stream  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
 
@@ -176,6 +177,21 @@ def test_extra_memory_sees_a_temporary_and_not_the_result():
     assert measure.extra_bytes(lambda _: torch.ones(size, dtype=torch.uint8), CPU) < slack
     with_temporary = measure.extra_bytes(lambda _: torch.ones(size, dtype=torch.uint8).amax(), CPU)
     assert size - slack < with_temporary < size + slack
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "status"),
+    [(0, "SKIPPED: compute-sanitizer was not found", "skipped"), (0, "SKIPPED [1] tests/test_x.py:3: no", "passed"),
+     (1, "", "failed"), (124, "", "timed out")],
+)  # fmt: skip
+def test_a_stage_is_reported_where_git_is_missing(code, line, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ALPKD_FAST_COMMIT", "1234567")
+    (tmp_path / "test.log").write_text(line + "\n")
+    gpu_report.write_stage(tmp_path, "test", code, 3)
+    report = json.loads((tmp_path / "test.json").read_text())
+    assert (report["status"], report["commit"]) == (status, "1234567")
+    assert status in capsys.readouterr().out
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
