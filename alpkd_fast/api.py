@@ -151,9 +151,8 @@ def alp_loss(
         return_details,
         proj_weight is not None,
     )
-    chosen = backends.choose(backend, problem)
     if proj_weight is None and proj_bias is None:
-        loss, layer_losses, attention, entropy = chosen.run(problem)
+        loss, layer_losses, attention, entropy = backends.choose(backend, problem).run(problem)
     else:
-        loss, layer_losses, attention, entropy = project_teacher(problem, proj_weight, proj_bias, chosen)
+        loss, layer_losses, attention, entropy = project_teacher(problem, proj_weight, proj_bias, backend)
     return ALPOutput(loss, layer_losses, attention, entropy) if return_details else loss

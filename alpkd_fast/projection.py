@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .backends import Backend
+from .backends import choose
 from .backends.reference import check_problem
 from .layer_attention import layer_attention
 from .layer_maps import allowed_on_device
@@ -28,8 +28,13 @@ from .reference import loss_of_combined, pool_layers
 LossParts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def project_teacher(problem: Problem, weight: Tensor | None, bias: Tensor | None, backend: Backend) -> LossParts:
-    """Return what the backend returns for the problem with its teacher rows projected."""
+def project_teacher(problem: Problem, weight: Tensor | None, bias: Tensor | None, backend: str) -> LossParts:
+    """Return what the backend of that name returns for the problem with its teacher rows projected.
+
+    The problem as it is given decides the form. On the teacher side the name is resolved anew for what then runs: its
+    teacher has the compute dtype and may need a gradient, which another of a GPU's backends may compute faster.
+    """
+    form = choose(backend, problem).NAME
     weight, bias = _check_projection(problem, weight, bias)
     dtype = problem.compute_dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -37,10 +42,10 @@ def project_teacher(problem: Problem, weight: Tensor | None, bias: Tensor | None
     if len(read) < n:
         problem = _with_teacher_layers(problem, read)
     with torch.autocast(weight.device.type, enabled=False):
-        if has_query_side(problem, backend.NAME) and query_side_pays(problem, weight, backend.NAME):
+        if has_query_side(problem, form) and query_side_pays(problem, weight, form):
             parts = _query_side(problem, weight, bias)
         else:
-            parts = _teacher_side(problem, weight, bias, backend.run)
+            parts = _teacher_side(problem, weight, bias, lambda projected: choose(backend, projected).run(projected))
     loss, layer_losses, attention, entropy = parts
     if problem.details and len(read) < n:
         attention = _in_columns(attention, read, n)

@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("alpkd_fast benchmarks")
     group.addoption("--quick", action="store_true", help="the main cases only, in about a minute")
     group.addoption("--full", action="store_true", help="everything that the results file does not hold yet")
+    group.addoption("--resume", action="store_true", help="only what the results file does not hold yet, at any level")
     group.addoption("--results", type=Path, default=results.RESULTS / "local.csv", help="the CSV that grows")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--default-malloc", action="store_true", help="leave the C library's allocator as it is")
@@ -112,10 +113,10 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def done(request, session):
-    """Whether a full run's results file holds this case already: done(case, dtype, mode) skips the test."""
+    """Skips a test whose case the results file of a full or resumed run holds: done(case, dtype, mode)."""
     option = request.config.option
     held: list[Row] = []
-    if option.full and option.results.exists():
+    if (option.full or option.resume) and option.results.exists():
         stamp = replace(session.stamp, threads=torch.get_num_threads())
         held = [row for row in results.read([option.results]) if results.serves(row, stamp)]
 

@@ -9,11 +9,13 @@
 # bench     the speed table: benchmarks/ with the markers loss and cls
 #
 # Each stage takes at most 9 minutes, can run alone, and leaves OUT/STAGE.json and OUT/STAGE.log; the last lines
-# are a short table. PYTHON names the interpreter (python3); it needs torch with CUDA, setuptools >= 77 and pytest.
+# are a short table. RESUME=1 lets bench go on with the rows that a run of the same commit left in OUT.
+# PYTHON names the interpreter (python3); it needs torch with CUDA, setuptools >= 77, pytest, and for bench
+# pytest-benchmark.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -24,6 +26,7 @@ python=${PYTHON:-python3}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_INDEX=1
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 readonly LIMIT=535 # seconds
+readonly TOOL_LIMIT=260 # of one sanitizer
 
 build() {
   # Only this card's code: the default also builds for sm_80 and PTX.
@@ -36,34 +39,52 @@ build() {
 
 run_tests() {
   local backends
+  rm -f "$out/test.xml" # an earlier run's; this one writes it at its end only
   backends=$("$python" -c 'import alpkd_fast; print(",".join(k for k, v in alpkd_fast.backends().items()
     if v is None and k in ("cuda", "triton")))') || return
   [ -n "$backends" ] || { echo "no GPU backend is usable: run the stage build first"; return 1; }
   local jobs=() # most of the time goes to Triton's compiler: side by side where pytest-xdist is installed
   "$python" -c 'import xdist' 2>/dev/null && jobs=(-n "$(nproc)")
-  "$python" -m pytest tests "${jobs[@]}" --backends "$backends" --ignore tests/test_cuda_emulated.py --junitxml "$out/test.xml" -q
+  # Verbose: the log names what failed before a run is cut off.
+  "$python" -m pytest tests "${jobs[@]}" --backends "$backends" --ignore tests/test_cuda_emulated.py --junitxml "$out/test.xml" -v
 }
 
 sanitize() {
-  local tool failed=0
+  local tool code result=0
   if ! command -v compute-sanitizer >/dev/null; then
     echo "SKIPPED: compute-sanitizer was not found"
     return 0
   fi
   for tool in memcheck racecheck; do
     # Without torch's caching allocator every tensor has bounds of its own.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --kernel-name regex=alp_ "$python" benchmarks/gpu_report.py small-cases || failed=1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$TOOL_LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-name regex=alp_ "$python" benchmarks/gpu_report.py small-cases
+    code=$?
+    case $code in
+      0) echo "$tool: passed" ;;
+      124 | 137)
+        echo "$tool: did not end within $TOOL_LIMIT s"
+        [ $result -ne 0 ] || result=124
+        ;;
+      *)
+        echo "$tool: failed, exit code $code"
+        result=1
+        ;;
+    esac
   done
-  return $failed
+  return $result
 }
 
 bench() {
+  local resume=()
+  if [ "${RESUME:-}" = 1 ]; then resume=(--resume); else rm -f "$out/bench.csv"; fi
   if [ ! -f benchmarks/test_loss.py ]; then
     echo "SKIPPED: benchmarks/test_loss.py is not part of this checkout"
     return 0
   fi
-  "$python" -m pytest benchmarks -m "loss or cls" --device cuda --results "$out/bench.csv" -q
+  "$python" -c 'import pytest_benchmark' 2>/dev/null ||
+    { echo "pytest-benchmark is missing: install it into $python's environment"; return 1; }
+  "$python" -m pytest benchmarks -m "loss or cls" --device cuda --results "$out/bench.csv" "${resume[@]}" -v
 }
 
 stage() {

@@ -191,7 +191,8 @@ def kernel_launches(run: Run, device: torch.device) -> int | None:
         run(0)
         synchronize(device)
     on_gpu = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
+    # Annotations, such as that of a compiled region, are shown on the GPU beside the kernels that they span.
+    return sum(not (e.is_user_annotation or e.name.startswith(("Memcpy", "Memset"))) for e in on_gpu)
 
 
 def as_cuda_graph(run: Run, sets: int) -> Run:

@@ -119,12 +119,12 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def serves(row: Row, run: Row) -> bool:
-    """Whether a full run finds in the row what it would measure. A row with rivals beside it serves a run without."""
+    """Whether a run that resumes finds in the row what it would measure. A row with rivals serves a run without."""
     then, now = set(row.command.split()), set(run.command.split())
+    decisive = {"--quick", "--full", "--default-malloc"}
     return (
         (row.commit, row.device, row.threads) == (run.commit, run.device, run.threads)
-        and "--full" in then
-        and ("--default-malloc" in then) == ("--default-malloc" in now)
+        and then & decisive == now & decisive
         and ("--ours-only" not in then or "--ours-only" in now)
     )
 

@@ -113,6 +113,7 @@ def alp_kernel(
     MEAN: tl.constexpr, NORMALIZE: tl.constexpr, DETACH: tl.constexpr, DETAILS: tl.constexpr,
     WITHOUT_FACTOR: tl.constexpr,  # fp16: gradients are stored without the factor that holds 1/N
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WEIGHT_BLOCK: tl.constexpr,
+    OPERAND_NAME: tl.constexpr,  # for tune.py
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = SPLIT * WIDTH

@@ -191,6 +191,7 @@ def _run(s, t, ds, dt, weights, rows, numbers, table, normalize, detach, details
         MAP=map_words is not None, WEIGHTED_LAYERS=numbers.weighted, LARGEST_LAYER_WEIGHT=numbers.largest,
         MEAN=numbers.mean, NORMALIZE=normalize, DETACH=detach, DETAILS=details, WITHOUT_FACTOR=without_factor,
         OPERAND=_TYPES[operand], ACC=_TYPES[acc], PRECISION=_precision(operand), WEIGHT_BLOCK=256 * config.warps,
+        OPERAND_NAME=_TYPES[operand].name,
         **launch_parameters,
     )  # fmt: skip
     loss, losses, entropy = empty((), dtype=acc), empty((m,), dtype=acc), empty((m if details else 0,), dtype=acc)

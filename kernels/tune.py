@@ -12,8 +12,9 @@ from .alp import alp_kernel
 from .heuristics import Config
 
 TUNED = ("SPLIT", "WIDTH", "UNROLL")
+# Names and numbers alone: Triton writes them to disk as JSON, which has no dtypes. It adds ACC, that of p_partials.
 _KEY = [
-    "m", "n", "D", "STUDENTS", "TEACHERS", "OPERAND", "ACC", "PRECISION", "STUDENT_POINTERS", "TEACHER_POINTERS",
+    "m", "n", "D", "STUDENTS", "TEACHERS", "OPERAND_NAME", "PRECISION", "STUDENT_POINTERS", "TEACHER_POINTERS",
     "STUDENT_ALIGNMENT", "TEACHER_ALIGNMENT", "GRADIENT_ALIGNMENT", "STUDENT_GRADS", "TEACHER_GRADS", "SCALE_GRAD",
     "NORMALIZE", "DETACH", "DETAILS", "MAP",
 ]  # fmt: skip
@@ -34,7 +35,9 @@ def candidates(heuristic: Config, D: int) -> list[Config]:
 def tuned_kernel(heuristic: Config, D: int) -> Any:
     """alp_kernel behind Triton's autotuner. Every output is written, none is added to: it may run many times."""
     configs = [
-        triton.Config({"SPLIT": c.split, "WIDTH": c.width, "UNROLL": c.unroll}, num_warps=c.warps)
+        triton.Config(
+            {"SPLIT": c.split, "WIDTH": c.width, "UNROLL": c.unroll}, num_warps=c.warps, maxnreg=c.max_registers or None
+        )
         for c in candidates(heuristic, D)
     ]
     return triton.autotune(configs, key=_KEY, cache_results=True)(alp_kernel)

@@ -134,6 +134,28 @@ def test_cuda_is_slow_with_many_rows_for_its_generic_kernel(monkeypatch, options
     assert cuda.measured_slow(problem) == slow
 
 
+@pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per-layer"])
+@pytest.mark.parametrize(
+    ("dtype", "weight_grad", "ran"),
+    [(torch.float32, False, "cuda"), (torch.float32, True, "triton"), (torch.bfloat16, False, "triton")],
+)
+def test_auto_chooses_for_the_projected_teacher(monkeypatch, dtype, weight_grad, ran, per_layer):
+    """It is in fp32 whatever the states are, and needs a gradient where W does: CUDA has no fast kernel for either."""
+    calls = []
+    for name, backend in REGISTRY.items():
+        reason = None if name in ("cuda", "triton") else "it is not here"
+        monkeypatch.setattr(backend, "unavailable", lambda reason=reason: reason)
+        monkeypatch.setattr(backend, "cannot_run", lambda problem: None)
+        run = REGISTRY["reference"].run
+        monkeypatch.setattr(backend, "run", lambda problem, name=name, run=run: calls.append(name) or run(problem))
+    monkeypatch.setattr(cuda, "FEW_ROWS", 7)
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 232448)
+    student, teacher = [torch.randn(8, 32, dtype=dtype)] * 2, [torch.randn(8, 16, dtype=dtype)] * 3
+    weight = torch.randn(2, 32, 16) if per_layer else torch.randn(32, 16)
+    alpkd_fast.alp_loss(student, teacher, proj_weight=weight.requires_grad_(weight_grad))
+    assert calls == [ran] * (2 if per_layer else 1)
+
+
 def test_environment_replaces_auto_only(monkeypatch):
     student, teacher = both_sides(2, 3, (4,), 5)
     monkeypatch.setenv("ALPKD_FAST_BACKEND", "reference")

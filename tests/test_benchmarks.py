@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
+import json
 import math
 import os
 import re
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of an installed package")
 
-from benchmarks import cases, measure, providers, results, runner, steps  # noqa: E402
+from benchmarks import cases, gpu_report, measure, providers, results, runner, steps  # noqa: E402
 from benchmarks.floor import Machine, Stream  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
 
@@ -158,12 +160,50 @@ def test_runs_take_turns():
     assert [len(wall) for _, wall in measure.take_turns(dict.fromkeys("ab", int), CPU, 0.0, 40).values()] == [40, 40]
 
 
+def test_launches_are_kernels_alone(monkeypatch):
+    """Neither copies, nor the annotation of a compiled region, which the profiler shows on the GPU too."""
+    cuda, event = torch.autograd.DeviceType.CUDA, torch.autograd.profiler_util.FunctionEvent
+    made = [
+        event(k, name, 0, 0, 1, device_type=device, is_user_annotation=annotation)
+        for k, (name, device, annotation) in enumerate(
+            [("alp_matrix", cuda, False), ("Memcpy DtoD", cuda, False), ("## Call CompiledFxGraph f0 ##", cuda, True),
+             ("triton_poi_fused_mul_0", cuda, False), ("aten::mul", torch.autograd.DeviceType.CPU, False)]
+        )
+    ]  # fmt: skip
+
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+
+        def events(self):
+            return made
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    assert measure.kernel_launches(lambda k: None, torch.device("cuda")) == 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_extra_memory_sees_a_temporary_and_not_the_result():
     size, slack = 32 << 20, 2 << 20
     assert measure.extra_bytes(lambda _: torch.ones(size, dtype=torch.uint8), CPU) < slack
     with_temporary = measure.extra_bytes(lambda _: torch.ones(size, dtype=torch.uint8).amax(), CPU)
     assert size - slack < with_temporary < size + slack
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "status"),
+    [(0, "SKIPPED: compute-sanitizer was not found", "skipped"), (0, "SKIPPED [1] tests/test_x.py:3: no", "passed"),
+     (1, "", "failed"), (124, "", "timed out")],
+)  # fmt: skip
+def test_a_stage_is_reported_where_git_is_missing(code, line, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ALPKD_FAST_COMMIT", "1234567")
+    (tmp_path / "test.log").write_text(line + "\n")
+    gpu_report.write_stage(tmp_path, "test", code, 3)
+    report = json.loads((tmp_path / "test.json").read_text())
+    assert (report["status"], report["commit"]) == (status, "1234567")
+    assert status in capsys.readouterr().out
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
@@ -186,9 +226,11 @@ def test_results_come_back_as_they_were_written(tmp_path):
         ("--full --default-malloc", "--full", False),
         ("--full", "--full --default-malloc", False),
         ("", "--full", False),
+        ("--quick", "", False),
+        ("", "", True),
     ],
 )
-def test_a_full_run_resumes_what_was_measured_alike(then, now, served):
+def test_a_run_resumes_what_was_measured_alike(then, now, served):
     row = Row(command=f"pytest benchmarks/ {then}", commit="a", device="b", threads=2)
     run = replace(row, command=f"pytest benchmarks/ {now}")
     assert results.serves(row, run) == served

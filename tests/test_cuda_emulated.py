@@ -109,6 +109,10 @@ def test_dtypes(dtypes, D):
     check(states(3, (2, 5), D, dtypes[0]), states(5, (2, 5), D, dtypes[1], 1), MASK[:2])
 
 
+def test_layer_weights_are_as_exact_as_the_states():
+    check(states(2, (5,), 16, F64), states(3, (5,), 16, F64, 1), layer_weights=(0.1, 0.7))
+
+
 @pytest.mark.parametrize(
     "mask", [MASK.bool(), MASK.half(), MASK.bfloat16() * 0.5, MASK.double() * 0.1, MASK.to(torch.int8)],
     ids=lambda mask: str(mask.dtype).removeprefix("torch."),
@@ -162,6 +166,19 @@ def test_vector_kernel(monkeypatch, device, m, n, D):
     assert launched() == ["alp_vector", "alp_scale_gradients"]
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(lambda m, seed: states(m, (1,), 37, F32, seed), id="one-row"),
+        pytest.param(lambda m, seed: [h[:, 0] for h in states(m, (5, 4), 37, F32, seed)], id="every-fourth-row"),
+        pytest.param(lambda m, seed: [h[..., :6] for h in states(m, (5,), 8, F32, seed)], id="cut-off"),
+    ],
+)
+def test_aligned_rows_whose_length_is_not(layers):
+    """Rows at 16-byte steps whose last vector is not full."""
+    check(layers(3, 0), layers(5, 1), None, teacher_grad=False)
+
+
 ROW_OPTIONS = {
     "cls": {"pooling": "cls"}, "last": {"pooling": "last"}, "detach": {"detach_attention": True},
     "no-overlap": {"layer_map": "no-overlap"}, "skip": {"layer_map": "skip"}, "average": {"scale": 0.0},
@@ -181,6 +198,10 @@ def test_options_of_the_kernels_that_take_rows(monkeypatch, device, name, dtype)
     assert launched()[0] == KERNEL_OF[dtype]
 
 
+# 12 student layers: as many groups, of 156 and 168 indices
+ALL_BUT_ONE = {n: [[j for j in range(n) if j != i] for i in range(12)] for n in (14, 15)}
+
+
 @pytest.mark.parametrize(
     ("m", "n", "D", "dtypes", "options"),
     [
@@ -190,12 +211,21 @@ def test_options_of_the_kernels_that_take_rows(monkeypatch, device, name, dtype)
         (6, 12, 64, (F32, F32), {"pooling": "cls"}), (6, 12, 64, (BF16, BF16), {"teacher_grad": True}),
         (17, 20, 32, (BF16, BF16), {}), (6, 33, 32, (BF16, BF16), {}), (4, 36, 32, (BF16, BF16), {"layer_map": "skip"}),
         (6, 36, 32, (BF16, BF16), {"layer_map": "skip"}), (16, 32, 1536, (F32, F32), {}),
+        (16, 32, 1160, (F32, F32), {}), (16, 32, 1164, (F32, F32), {}), (24, 25, 32, (F32, F32), {}),
+        (12, 12, 32, (F32, F32), {"layer_map": "skip"}), (13, 13, 32, (F32, F32), {"layer_map": "skip"}),
+        (12, 14, 32, (F32, F32), {"layer_map": ALL_BUT_ONE[14]}),
+        (12, 15, 32, (F32, F32), {"layer_map": ALL_BUT_ONE[15]}),
+        (4, 12, 4096, (BF16, BF16), {}), (4, 12, 4096, (BF16, BF16), {"layer_map": "no-overlap"}),
+        (4, 12, 4096, (BF16, BF16), {"layer_map": "skip"}), (4, 12, 2048, (BF16, BF16), {"layer_map": "no-overlap"}),
+        (4, 12, 4096, (BF16, BF16), {"layer_map": "no-overlap", "layer_weights": (1.0, 0.0, 0.0, 0.0)}),
+        (2, 3, 32, (BF16, BF16), {"layer_weights": (0.0, 0.0)}),
     ],
 )  # fmt: skip
 def test_dispatch_knows_which_problems_have_a_kernel(monkeypatch, m, n, D, dtypes, options):
     monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 232448)
-    student = [h.requires_grad_() for h in states(m, (1, 2), D, dtypes[0])]
-    teacher = [h.requires_grad_("teacher_grad" in options) for h in states(n, (1, 2), D, dtypes[1], 1)]
+    lead = (7, 1)  # more than two rows to a multiprocessor: as of many
+    student = [h.requires_grad_() for h in states(m, lead, D, dtypes[0])]
+    teacher = [h.requires_grad_("teacher_grad" in options) for h in states(n, lead, D, dtypes[1], 1)]
     given = {name: value for name, value in options.items() if name != "teacher_grad"}
     problem = make_problem(student, teacher, details=True, **given)
     launched()
@@ -288,6 +318,20 @@ def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(kern
 
 
 # ---- Rows, weights and layers -------------------------------------------------------------------------
+
+
+def test_a_card_with_little_shared_memory(monkeypatch):
+    """The 99 KiB of capability 8.6 and 8.9: what does not fit beside 32 columns goes to scratch memory, and more
+    layers than anybody has take fewer columns at a time."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", "9")
+    check(states(64, (2,), 44, F64), states(32, (2,), 44, F64, 1))
+    check(states(216, (1,), 36, F64), states(40, (1,), 36, F64, 1), details=False)
+
+
+def test_what_no_block_can_hold_is_refused(monkeypatch):
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES["10KiB"])
+    with pytest.raises(RuntimeError, match=r"64 student and 8 teacher layers .* of shared memory.* has 10240"):
+        emulated(make_problem(states(64, (1,), 64, F64), states(8, (1,), 64, F64, 1)))
 
 
 def test_many_row_weights_are_added_up_first():

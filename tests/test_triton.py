@@ -120,6 +120,57 @@ def test_a_card_with_little_shared_memory_takes_fewer_layers():
     assert most_layers(163 * 1024) == (32, 64)
 
 
+TUNING = """
+from triton.runtime import JITFunction, driver
+from alpkd_fast.kernels import check, tune
+from alpkd_fast.kernels.launch import alp
+
+timed, ran = [], []
+
+class Driver(check._Driver):
+    def get_benchmarker(self):
+        def benchmark(call, quantiles):
+            timed.append(call)
+            return [1 / len(timed)] * 3  # the last is the fastest
+        return benchmark
+
+driver.set_active(Driver(check.targets(["sm_80"])["sm_80"], 0))
+JITFunction.run = lambda self, *args, **kwargs: ran.append((self.fn.__name__, kwargs))
+for dtypes in ("bf16-bf16", "f16-f16", "f32-bf16"):
+    counts = []
+    for _ in range(2):
+        tune.tuned_kernel.cache_clear()  # as in another process
+        alp(*check.arguments_of(check.Variant(12, 6, 768, dtypes)))
+        counts.append(len(timed))
+        timed.clear()
+    tuned = [tuple(k[x] for x in tune.TUNED) for name, k in ran if name == "alp_kernel"]
+    print(dtypes, counts[0] > 2, counts[1], tuned[0] == tuned[1])
+    ran.clear()
+"""
+
+
+def test_tuning_is_kept_on_disk(tmp_path):
+    """Launches to Triton's own autotuner, with the card and the times made up: the second process times nothing, and
+    another dtype is another problem."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"ALPKD_FAST_AUTOTUNE": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TUNING], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{dtypes} True 0 True" for dtypes in ("bf16-bf16", "f16-f16", "f32-bf16")]
+    assert len(list(tmp_path.glob("*/alp_kernel.autotune.json"))) == 3
+
+
+def test_tuning_keeps_the_heuristics_limit_of_registers():
+    from alpkd_fast.kernels.heuristics import Config
+    from alpkd_fast.kernels.tune import tuned_kernel
+
+    heuristic = Config(split=4, width=64, warps=4, unroll=3, max_registers=168)
+    first, *others = [config.all_kwargs() for config in tuned_kernel(heuristic, 768).configs]
+    wanted = heuristic.arguments()
+    assert {name: first[name] for name in wanted} == wanted
+    assert not any("maxnreg" in c for c in others)
+
+
 def check(*arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "alpkd_fast.kernels.check", *arguments]

@@ -15,10 +15,11 @@ from ..problem import Problem
 from .reference import check_values
 
 NAME = "cuda"
-MAX_LAYERS = 256  # LargeProblem of csrc/cuda/problem.h: what a kernel's parameters hold
-MAX_GROUPS, MAX_INDICES = 128, 8320
+# Layers, groups and indices: what the parameters hold of any kernel, and of those that take whole rows (LargeProblem
+# and SmallProblem of csrc/cuda/problem.h).
+MAX_LAYERS, MAX_GROUPS, MAX_INDICES = 256, 128, 8320
+ROWS_MAX_LAYERS, ROWS_MAX_GROUPS, ROWS_MAX_INDICES = 48, 12, 160
 FEW_ROWS = 2048  # up to here Triton's launches cost more than the generic kernel's rows
-OTHER_SHARED_BYTES = 8 << 10  # of shared memory, beside a row
 
 
 def unavailable() -> str | None:
@@ -37,7 +38,7 @@ def cannot_run(problem: Problem) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f'it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less; use backend="triton"'
     layers = len(problem.student) + len(problem.teacher)
-    groups = {tuple(g) for g in problem.layer_map or ()}
+    groups = _groups(problem)
     if layers > MAX_LAYERS or len(groups) > MAX_GROUPS or sum(map(len, groups)) > MAX_INDICES:
         return f'it takes up to {MAX_LAYERS} layers, both sides together, got {layers}; use backend="reference"'
     return None
@@ -51,25 +52,46 @@ def measured_slow(problem: Problem) -> bool:
 
 
 def has_kernel_for(problem: Problem) -> bool:
-    """Whether alp_matrix or alp_vector takes the problem: what plan_rows of csrc/cuda/alp_cuda.cu asks of it, but for
-    the alignment of the tensors."""
+    """Whether alp_matrix or alp_vector takes the problem, of more than FEW_ROWS rows: what plan_rows of
+    csrc/cuda/alp_cuda.cu asks of it, but for the alignment of the tensors."""
     first, D = problem.student[0], problem.student[0].shape[-1]
     if first.dtype != problem.teacher[0].dtype or problem.normalize or problem.pooling == "mean":
         return False
     if torch.is_grad_enabled() and any(h.requires_grad for h in problem.teacher):
         return False
+    groups = _groups(problem)
+    layers, indices = len(problem.student) + len(problem.teacher), sum(map(len, groups))
+    if layers > ROWS_MAX_LAYERS or len(groups) > ROWS_MAX_GROUPS or indices > ROWS_MAX_INDICES:
+        return False
+    active = sum(groups.values()), len(set().union(*groups))
+    m, n = max(groups.values(), default=1), max(map(len, groups), default=1)  # of the largest groups
     if first.dtype == torch.float32:
-        row = (len(problem.student) + len(problem.teacher)) * (4 * D + 16)
-        return D % 4 == 0 and row <= _shared_bytes(first.device) - OTHER_SHARED_BYTES
-    table = problem.layer_map or [range(len(problem.teacher))] * len(problem.student)
-    groups = Counter(map(tuple, table))
-    return (
-        first.dtype in (torch.float16, torch.bfloat16)
-        and D % 32 == 0
-        and len(groups) <= 4
-        and max(groups.values()) <= 16
-        and max(map(len, groups)) <= 32
-    )
+        scratch = 12 * _up(m, 4) * _up(n, 4)  # vector_scratch, at most
+        return D % 4 == 0 and _row_bytes(*active, 4 * D, 1, scratch) <= _shared_bytes(first.device)
+    if first.dtype not in (torch.float16, torch.bfloat16) or D % 32 != 0 or len(groups) > 4 or m > 16 or n > 32:
+        return False
+    M, N = _up(m, 8), _up(n, 16)
+    scratch = 4 * (2 * M * N + N * (N + 4))  # matrix_scratch
+    # Rows of which shared memory does not hold two are taken in parts, but not those of several groups.
+    return len(groups) <= 1 or _row_bytes(*active, 2 * D, 2, scratch) <= _shared_bytes(first.device)
+
+
+def _groups(problem: Problem) -> Counter[tuple[int, ...]]:
+    """LayerMap of csrc/cuda/layer_map.h: sets of teacher layers, and how many student layers attend to each; without
+    those of weight 0."""
+    table = problem.layer_map or [tuple(range(len(problem.teacher)))] * len(problem.student)
+    weights = problem.layer_weights or [1.0] * len(problem.student)
+    return Counter(tuple(layers) for layers, weight in zip(table, weights, strict=True) if weight != 0)
+
+
+def _row_bytes(ms: int, ns: int, layer: int, teams: int, scratch: int) -> int:
+    """RowLayout of csrc/cuda/row_pipeline.cuh: the shared memory of teams of one warp that hold a row each."""
+    before = _up(4 * ms, 128) + _up(40 * (ms + ns), 128) + teams * (4 * 24 + 8 * (2 * ms + 1) + 8)
+    return _up(before, 128) + teams * (_up(scratch, 128) + (ms + ns) * (layer + 16))
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 def _rows_read(problem: Problem) -> int:

@@ -92,21 +92,31 @@ template <class A, class P>
 Plan<P> plan_generic(const Device& device, int ms, int ns, int64_t D) {
   Arrays<A> unused;
   char* const none = nullptr;
-  char dummy;  // any address: arrays of m·n go to scratch memory where they would crowd out the columns
+  char dummy;  // any address: arrays of m·n go to scratch memory where they would leave the columns little or no room
   constexpr int64_t kLargest = 48 << 10;
   const int64_t arrays = 3 * int64_t(ms) * ns * int64_t(sizeof(A));
-  const int64_t scratch = arrays > kLargest ? (arrays + 15) / 16 * 16 : 0;
+  bool in_scratch = arrays > kLargest;
   auto bytes = [&](int columns) {
-    return Arrays<A>::lay_out(&unused, none, scratch > 0 ? &dummy : nullptr, ms, ns, columns);
+    return Arrays<A>::lay_out(&unused, none, in_scratch ? &dummy : nullptr, ms, ns, columns);
   };
-  int columns = int(std::min<int64_t>((D + 3) / 4 * 4, 1 << 20));
-  if (bytes(columns) > device.shared_bytes) {
+  const int whole = int(std::min<int64_t>((D + 3) / 4 * 4, 1 << 20));
+  int columns = std::min(whole, 32);
+  in_scratch = in_scratch || bytes(columns) > device.shared_bytes;
+  if (bytes(whole) <= device.shared_bytes) {
+    columns = whole;
+  } else {
     // Half of the shared memory, so that one block computes while another loads.
     const int64_t budget = device.shared_bytes / 2 - 1024;
-    columns = 32;
     while (bytes(2 * columns) <= budget) columns *= 2;
+    // With hundreds of layers even those are too many.
+    while (columns > 4 && bytes(columns) > device.shared_bytes) columns = (columns / 2 + 3) / 4 * 4;
   }
-  return {"alp_generic", &alp_generic<A, P>, kGenericThreads, columns, bytes(columns), scratch};
+  STD_TORCH_CHECK(bytes(columns) <= device.shared_bytes, "alpkd_fast: ", ms, " student and ", ns, " teacher layers in ",
+                  sizeof(A) == 8 ? "float64" : "float32", " take ", bytes(columns),
+                  " bytes of shared memory at the least, this GPU has ", device.shared_bytes,
+                  "; pass fewer layers, or backend=\"reference\"");
+  return {"alp_generic", &alp_generic<A, P>, kGenericThreads,
+          columns,       bytes(columns),     in_scratch ? (arrays + 15) / 16 * 16 : 0};
 }
 
 template <class P>
@@ -197,10 +207,11 @@ std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call&
                  stages};
 }
 
-// For fp32, where a row fits in shared memory.
+// For fp32, where D is a multiple of 4 and a row fits in shared memory.
 template <class P>
 std::optional<Plan<P>> plan_vector(const Device& device, const P& p, const Call& call) {
   const int64_t D = p.weights.D, vectors = D / 4;
+  if (D % 4 != 0) return std::nullopt;
   const Largest most = largest_group(call.map);
   // The tile of student layers that leaves the fewest empty.
   const int students = most.m % 4 == 0 ? 4 : most.m <= 2 ? 2 : most.m % 3 == 0 || most.m == 5 ? 3 : 4;

@@ -58,14 +58,14 @@ struct Problem {
   int pairs_m, pairs_n;  // vector kernel: layers of the largest group, padded to whole tiles
 
   Layer layers[kLayers];       // m student layers, then n teacher layers, active ones first
-  float omega[kLayers];        // of student slots
+  double omega[kLayers];       // of student slots
   uint16_t original[kLayers];  // index of the layer as the caller counts, per side
   Group groups[kGroups];
   uint16_t index[kIndices];
 };
-// Kernel parameters may take 32764 bytes; the small one keeps the launch of a usual problem short.
+// Kernel parameters may take 32764 bytes; the small ones keep the launch of a usual problem short.
 using SmallProblem = Problem<48, 12, 160>;
 using LargeProblem = Problem<256, 128, 8320>;
-static_assert(sizeof(LargeProblem) <= 32764);
+static_assert(sizeof(SmallProblem) <= 4096 && sizeof(LargeProblem) <= 32764);
 
 }  // namespace alp::cuda

@@ -198,7 +198,7 @@ ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
   sync_block();
   for (int i = thread_index(); i < p.m; i += block_size()) {
     const bool counts = i < p.ms && c.total != 0;
-    const double share = counts ? double(p.omega[i]) * shared[i] / c.N : 0;
+    const double share = counts ? p.omega[i] * shared[i] / c.N : 0;
     static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
     if (p.entropy != nullptr) static_cast<A*>(p.entropy)[p.original[i]] = A(counts ? shared[p.ms + i] / c.total : 0);
     if (i < p.ms) shared[i] = share;

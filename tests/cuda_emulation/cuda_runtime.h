@@ -25,7 +25,7 @@ struct float4 {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
@@ -34,15 +34,16 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid"; }
 // ALPKD_EMULATION_DEVICE picks one: with less shared memory, rows are shared by more warps and taken in parts.
 inline cudaError_t cudaGetDevice(int* device) {
   const char* chosen = std::getenv("ALPKD_EMULATION_DEVICE");
   return *device = chosen == nullptr ? 0 : std::atoi(chosen), cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  constexpr int kShared[] = {232448, 20 << 10, 14 << 10, 10 << 10, 40 << 10, 28 << 10, 232448, 14 << 10, 28 << 10};
-  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8};
+  constexpr int kShared[] = {232448,   20 << 10, 14 << 10, 10 << 10, 40 << 10,
+                             28 << 10, 232448,   14 << 10, 28 << 10, 99 << 10};
+  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8, 8};
   *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 0 ? 3 : 1)
            : attribute == cudaDevAttrComputeCapabilityMajor ? kMajor[device]
                                                             : kShared[device];
@@ -56,8 +57,12 @@ cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <class F>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, size_t) {
-  return *blocks = 1, cudaSuccess;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, size_t shared) {
+  int device, most;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *blocks = 1;
+  return shared > size_t(most) ? cudaErrorInvalidValue : cudaSuccess;  // a real one fails at the launch
 }
 template <class T>
 cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
