@@ -10,9 +10,9 @@ import math
 import os
 import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,22 +142,26 @@ def test_disturbance_is_what_others_took(monkeypatch):
     assert disturbance.share() == pytest.approx((4.0 - 2.0) / (2.0 * os.cpu_count()))
 
 
-def test_runs_take_turns():
+def test_runs_take_turns(monkeypatch):
     """All take part to the end: a fast run does not go on alone, it makes more calls a turn."""
     seen: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def calls(name, seconds):
-        return lambda k: (time.sleep(seconds), seen.append(name))
+        def call(k):
+            clock[0] += seconds
+            seen.append(name)
 
-    times = measure.take_turns({"slow": calls("slow", 0.02), "fast": calls("fast", 0.001)}, CPU, 0.1, 3)
-    slow, fast = (len(times[name][1]) for name in ("slow", "fast"))
-    assert 3 <= slow <= 5
-    assert 3 * slow < fast <= 20 * slow
-    measured = seen[2:]  # after the warm-up
-    turns = [list(group) for _, group in itertools.groupby(measured)]
-    assert len(turns) == 2 * slow
-    assert {len(turn) for turn in turns[1::2]} == {fast // slow}
-    assert [len(wall) for _, wall in measure.take_turns(dict.fromkeys("ab", int), CPU, 0.0, 40).values()] == [40, 40]
+        return call
+
+    times = measure.take_turns({"slow": calls("slow", 2**-5), "fast": calls("fast", 2**-9)}, CPU, 2**-3, 3)
+    assert times == {name: ([seconds] * count,) * 2 for name, seconds, count in
+                     (("slow", 2**-5, 4), ("fast", 2**-9, 4 * 16))}  # fmt: skip
+    turns = [(name, len(list(calls))) for name, calls in itertools.groupby(seen[2:])]  # after the warm-up
+    assert turns == [("slow", 1), ("fast", 16)] * 4
+    least = measure.take_turns({"a": calls("a", 1.0), "b": calls("b", 1.0)}, CPU, 0.0, 40)
+    assert [len(wall) for _, wall in least.values()] == [40, 40]
 
 
 def test_launches_are_kernels_alone(monkeypatch):
