@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .problem import POOLINGS, Problem
-from .reference import last_position
+from .reference import last_position, row_index
 
 _SCHEMA = (
     "(Tensor[] student, Tensor[] teacher, Tensor? row_weights, int pooling, int[] map_counts, int[] map_layers,"
@@ -216,11 +216,9 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
 def _multiply(stored: list[Tensor], value: float, pooling: str, row_weights: Tensor | None) -> None:
     """Multiply in place. Where one token of a sequence is compared, the gradients of the others are zeros: no pass."""
     if pooling == "last" and row_weights is not None:
-        last = last_position(row_weights != 0).flatten()
-        index = last + row_weights.shape[-1] * torch.arange(len(last), device=last.device)
+        index = row_index(last_position(row_weights != 0))
         for g in stored:
-            rows = g.view(-1, g.shape[-1])
-            rows[index] = rows[index] * value
+            g[index] *= value
         return
     if pooling in ("cls", "last"):
         stored = [g.select(-2, 0 if pooling == "cls" else -1) for g in stored]

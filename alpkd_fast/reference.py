@@ -111,3 +111,16 @@ def pool_layers(
 def last_position(counted: Tensor) -> Tensor:
     """The last True of each sequence (..., S): indices (...), 0 where there is none."""
     return torch.where(counted, torch.arange(counted.shape[-1], device=counted.device), 0).amax(-1)
+
+
+def row_index(positions: Tensor) -> tuple[Tensor, ...]:
+    """Index of the rows at the positions (...) of hidden states (..., S, D).
+
+    It moves whole rows; gather and scatter_add move elements, which is many times slower on a CPU.
+    """
+    dims = positions.dim()
+    leading = [
+        torch.arange(size, device=positions.device).view(-1, *[1] * (dims - 1 - k))
+        for k, size in enumerate(positions.shape)
+    ]
+    return (*leading, positions)

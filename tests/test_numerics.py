@@ -38,13 +38,14 @@ def test_student_close_to_its_target(backend, dtypes, distance):
         (teacher[j].detach().double() + distance * e.detach()).to(teacher[0].dtype).requires_grad_()
         for j, e in zip((1, 3), noise, strict=True)
     ]
-    got = assert_as_exact(backend, student, teacher, scale=1.0)
+    of_rows = backend.name == "triton"  # its teacher gradients are sums over the rows and not over e
+    got = assert_as_exact(backend, student, teacher, scale=1.0, of_rows=of_rows)
     assert got["attention"][0, :, 1].min() > 0.9
-    assert_as_exact(backend, student, teacher, scale=1.0, normalize=True)
+    assert_as_exact(backend, student, teacher, scale=1.0, normalize=True, of_rows=of_rows)
 
 
 @pytest.mark.parametrize("dtypes", ["f32-f32", "bf16-bf16", "f64-f64"])
-@pytest.mark.parametrize("size", [10.0, 1000.0])
+@pytest.mark.parametrize("size", [10.0, 30.0, 1000.0])
 def test_huge_scores(backend, size, dtypes):
     """exp without subtracting the maximum overflows from scores of 89 on. At 1000 the gaps between the scores exceed
     every rounding: the attention is 1 for one layer."""
@@ -55,6 +56,8 @@ def test_huge_scores(backend, size, dtypes):
     output.loss.backward()
     for value in (*output, *(h.grad for h in student + teacher)):
         assert bool(torch.isfinite(value).all())
+    if size == 30.0 and backend.unit(student[0].dtype) > 2.0**-24:
+        return  # at this size a matrix unit's rounding of the scores allows any value
     got = assert_as_exact(backend, student, teacher, scale=1.0, decided=size == 1000.0)
     assert size < 1000.0 or set(got["attention"].unique().tolist()) == {0.0, 1.0}
 

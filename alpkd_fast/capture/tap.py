@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import row_index
+
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
@@ -39,7 +41,7 @@ class Pooling:
             return h.select(-2, 0).clone()
         assert self.where is not None
         if self.kind == "last":
-            return h[_index(self.where)]
+            return h[row_index(self.where)]
         # A token of weight 0 is not read: 0 * NaN would be NaN.
         counted = torch.where((self.where != 0)[..., None], h, 0.0).to(self.where.dtype)
         with torch.autocast(h.device.type, enabled=False):
@@ -52,18 +54,9 @@ class Pooling:
             return dense
         assert self.where is not None
         if self.kind == "last":
-            dense[_index(self.where)] += grad
+            dense[row_index(self.where)] += grad
             return dense
         return dense.add_(self.where[..., None] * grad[..., None, :])
-
-
-def _index(positions: Tensor) -> tuple[Tensor, ...]:
-    """Index of the rows at the positions (...) of hidden states (..., S, D).
-
-    It moves whole rows; gather and scatter_add move elements, which is many times slower on a CPU.
-    """
-    leading = [torch.arange(size, device=positions.device) for size in positions.shape]
-    return (*torch.meshgrid(*leading, indexing="ij"), positions)
 
 
 def tap(h: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:

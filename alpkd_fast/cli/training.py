@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..hf.data import Rows, encode, length_order, load_rows
+from ..hf.data import Rows, draw_rows, encode, length_order, load_rows
 from ..hf.extras import require
 from ..hf.losses import hard_loss
 from ..hf.tasks import TASKS, Task
@@ -39,12 +39,12 @@ def load_work(args: argparse.Namespace, model_folder: str) -> Work:
     transformers.utils.logging.disable_progress_bar()
     task = chosen_task(args)
     tokenizer = _pretrained(transformers.AutoTokenizer, model_folder)
-    rows = load_rows(args.data, task, "train", args.train_rows), load_rows(args.data, task, task.validation_split)
+    rows, held_out = (load_rows(args.data, task, split) for split in ("train", task.validation_split))
     if task.kind == "classification" and task.num_labels is None:
-        # The rows that --train-rows leaves may lack the last class.
-        every = rows[0] if args.train_rows is None else load_rows(args.data, task, "train")
-        task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in (*every, *rows[1])))
-    train, validation = (encode(split, task, tokenizer, args.max_length) for split in rows)
+        # Of all rows: those that --train-rows leaves may lack the last class.
+        task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in (*rows, *held_out)))
+    chosen = draw_rows(rows, args.train_rows)
+    train, validation = (encode(split, task, tokenizer, args.max_length) for split in (chosen, held_out))
     if task.kind == "mlm":
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mask_share)
     else:

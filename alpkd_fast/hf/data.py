@@ -37,10 +37,15 @@ def load_rows(source: str, task: Task, split: str, limit: int | None = None) -> 
             raise ValueError(f"data: {source} ({split}) has no column {column!r}; it has {', '.join(rows[0])}")
     if not rows:
         raise ValueError(f"data: {source} holds no row in {split}")
-    if limit is not None and limit < len(rows):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        rows = [rows[i] for i in order[:limit].tolist()]
-    return rows
+    return draw_rows(rows, limit)
+
+
+def draw_rows(rows: Rows, limit: int | None) -> Rows:
+    """Return ``limit`` rows drawn with a fixed seed; all where there are no more, or no limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return [rows[i] for i in order[:limit].tolist()]
 
 
 def _from_folder(folder: Path, split: str) -> Rows:
