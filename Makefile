@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 
 # The same parity tests on the Triton kernels, run on the CPU by Triton's interpreter: some minutes, no GPU needed.
 test-triton: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --backends triton tests/test_parity.py tests/test_masking.py tests/test_layer_maps.py tests/test_numerics.py tests/test_triton.py tests/test_properties.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --backends triton tests/test_parity.py tests/test_masking.py tests/test_layer_maps.py tests/test_numerics.py tests/test_backward.py tests/test_triton.py tests/test_properties.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

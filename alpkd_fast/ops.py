@@ -28,10 +28,14 @@ FUSED_BACKENDS = ("cpu", "triton", "cuda")
 _LIBRARY = torch.library.Library("alpkd_fast", "DEF")
 for _name in FUSED_BACKENDS:
     _LIBRARY.define(f"alp_{_name}{_SCHEMA}")
-# gradients *= factor * grad_factor in place, in one launch that does nothing where the product is 1
+# gradients *= factor * grad_factor in place, in one launch that does nothing where the product is 1; with pooling "cls"
+# and "last" only the one row of a sequence that is not zeros, which for "last" the row weights decide
 SCALING_BACKENDS = ("triton", "cuda")
 for _name in SCALING_BACKENDS:
-    _LIBRARY.define(f"scale_gradients_{_name}(Tensor(a!)[] gradients, Tensor factor, Tensor? grad_factor=None) -> ()")
+    _LIBRARY.define(
+        f"scale_gradients_{_name}(Tensor(a!)[] gradients, Tensor factor, Tensor? grad_factor=None,"
+        " int pooling=0, Tensor? row_weights=None) -> ()"
+    )
     torch.library.register_fake(f"alpkd_fast::scale_gradients_{_name}", lambda *_: None, lib=_LIBRARY)
 
 
@@ -166,10 +170,16 @@ class _FusedLoss(torch.autograd.Function):
         )  # fmt: skip
         ctx.mark_non_differentiable(layer_losses, attention, entropy)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.pooling = backend, POOLINGS[pooling]
-        found_by_weights = backend == "cpu" and ctx.pooling == "last" and row_weights is not None
-        # A copy: the caller may change its mask before the backward.
-        ctx.row_weights = row_weights.clone() if found_by_weights and not torch.compiler.is_compiling() else None
+        ctx.backend, ctx.pooling = backend, pooling
+        ctx.row_weights = None
+        if (
+            POOLINGS[pooling] == "last"
+            and row_weights is not None
+            and any(wanted)
+            and not torch.compiler.is_compiling()
+        ):
+            # A copy: the caller may change its mask before the backward.
+            ctx.row_weights = row_weights.clone(memory_format=torch.contiguous_format)
         ctx.scale_dtype = None if scale_tensor is None else scale_tensor.dtype
         ctx.save_for_backward(grad_factor, d_scale, *d_student, *d_teacher)
         return loss, layer_losses, attention, entropy
@@ -194,11 +204,13 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
 
     Outside a compiled graph, and only while the graph is being freed (a kept one needs the stored tensors
     again), they are handed over as they are where the factor is 1, and multiplied in place where it is not.
+    Where one token of a sequence is compared, the gradients of the others are zeros: no pass over them.
     On a GPU one launch reads the factor there and ends at once if it is 1.
     """
     freed = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
     if freed and stored and ctx.backend in SCALING_BACKENDS:
-        getattr(torch.ops.alpkd_fast, f"scale_gradients_{ctx.backend}").default(stored, grad_loss, grad_factor)
+        scale = getattr(torch.ops.alpkd_fast, f"scale_gradients_{ctx.backend}").default
+        scale(stored, grad_loss, grad_factor, ctx.pooling, ctx.row_weights)
         return stored
     factor = grad_loss * grad_factor
     has_value = factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none
@@ -209,12 +221,12 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
     if not freed:
         return [g * value for g in stored]
     if value != 1.0:
-        _multiply(stored, value, ctx.pooling, ctx.row_weights)
+        _multiply(stored, value, POOLINGS[ctx.pooling], ctx.row_weights)
     return stored
 
 
 def _multiply(stored: list[Tensor], value: float, pooling: str, row_weights: Tensor | None) -> None:
-    """Multiply in place. Where one token of a sequence is compared, the gradients of the others are zeros: no pass."""
+    """Multiply in place, on the CPU."""
     if pooling == "last" and row_weights is not None:
         index = row_index(last_position(row_weights != 0))
         for g in stored:

@@ -125,20 +125,29 @@ def alp(
     return loss, losses, attention, entropy, factor, d_scale, _some(d_student), _some(d_teacher)
 
 
-def scale_gradients(gradients: list[Tensor], factor: Tensor, grad_factor: Tensor | None = None) -> None:
-    """Multiply contiguous gradients by factor * grad_factor, in place; where that is 1 the launch ends at once."""
-    kinds: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+def scale_gradients(
+    gradients: list[Tensor],
+    factor: Tensor,
+    grad_factor: Tensor | None = None,
+    pooling: int = 0,
+    row_weights: Tensor | None = None,
+) -> None:
+    """alpkd_fast::scale_gradients_triton, of contiguous gradients; where the factor is 1 the launch ends at once."""
+    one_row = POOLINGS[pooling] in ("cls", "last")
+    kinds: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
     for g in gradients:
         if g.numel() > 0:
-            kinds.setdefault((g.dtype, g.numel()), []).append(g)
-    for (_, size), group in kinds.items():
+            kinds.setdefault((g.dtype, g.shape), []).append(g)
+    for (dtype, shape), group in kinds.items():
+        length, width = shape[-2:] if one_row else (1, shape.numel())
+        rows = shape.numel() // (length * width)
+        alignment = math.gcd(16, width * dtype.itemsize, *(g.data_ptr() for g in group))
+        block = min(4096, triton.next_power_of_2(width))
         with _on(factor.device):
-            block = 4096
-            grid = (min(triton.cdiv(size, block), _programs(factor.device)), len(group))
-            aligned = all(g.data_ptr() % 16 == 0 for g in group)
-            scale_kernel[grid](
-                tuple(group), size, factor, grad_factor,
-                TENSORS=len(group), BLOCK=block, ALIGNMENT=16 if aligned else group[0].element_size(),
+            scale_kernel[(min(rows * triton.cdiv(width, block), _programs(factor.device)), len(group))](
+                tuple(group), rows, width * dtype.itemsize // alignment, length,
+                length - 1 if POOLINGS[pooling] == "last" else 0, _flat(row_weights), factor, grad_factor,
+                TENSORS=len(group), BLOCK=block, ALIGNMENT=alignment, WEIGHT_BLOCK=_WEIGHT_BLOCK,
             )  # fmt: skip
 
 

@@ -44,6 +44,17 @@ REACH = {
 }
 
 
+# Pooling, row weights and, of six sequences of five, the positions whose gradients may be other than zero. A weight
+# that is too small for float16 counts, and a sequence without weights is compared nowhere.
+_WEIGHTS = torch.tensor([[1, 1, 0, 2, 0], [0, 1, 1, 1e-8, 0], [0] * 5, [1] * 5, [0, 0, 0, 0, 1], [3, 0, 0, 0, 0]])
+SCALED_ROWS = [
+    ("cls", None, [0] * 6),
+    ("last", None, [4] * 6),
+    ("last", _WEIGHTS.view(2, 3, 5), [3, 3, 0, 4, 4, 0]),
+    ("last", _WEIGHTS.view(2, 3, 5) > 0, [3, 3, 0, 4, 4, 0]),
+]
+
+
 # ---- The truth: the formulas of the paper, row by row and layer by layer ------------------------------
 
 

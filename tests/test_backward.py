@@ -35,12 +35,42 @@ def test_incoming_gradient_of_pooled_rows(backend, pooling, masked, dtypes):
 @pytest.mark.parametrize("pooling", ["token", "cls", "last", "mean"])
 def test_mask_changed_after_the_forward_does_not_matter_to_a_fused_backend(fused, pooling):
     student, teacher = both_sides(2, 3, MASK.shape, 6, "f32-f32", device=fused.device)
-    mask = MASK.to(fused.device)
+    mask = MASK.clone().to(fused.device)
     want = torch.autograd.grad(0.3 * fused(student, teacher, mask, pooling=pooling), [*student, *teacher])
     loss = 0.3 * fused(student, teacher, mask, pooling=pooling)
     mask.fill_(1)
     for got, expected in zip(torch.autograd.grad(loss, [*student, *teacher]), want, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("pooling", ["cls", "last"])
+def test_rows_that_are_not_compared_are_not_multiplied(fused, pooling, masked):
+    """Their gradients are zeros, and infinity would make NaN of a zero."""
+    student, teacher = both_sides(2, 3, MASK.shape, 6, "f32-f32", device=fused.device)
+    mask = MASK.to(fused.device) if masked else None
+    loss = fused(student, teacher, mask, pooling=pooling)
+    gradients = torch.autograd.grad(torch.inf * loss, [*student, *teacher])
+    compared = torch.zeros(MASK.shape, dtype=torch.bool)
+    positions = torch.tensor([[3, 1], [0, 2]] if masked else 3) if pooling == "last" else torch.tensor(0)
+    compared.scatter_(-1, positions.expand(2, 2)[..., None], True)
+    weighted = compared & (MASK != 0) if masked else compared
+    for g in gradients:
+        assert bool((g[~compared] == 0).all())
+        assert not bool(g[weighted].isfinite().any())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("pooling", ["cls", "last"])
+def test_second_call_for_pooled_rows(fused, pooling, masked):
+    """A kept graph's gradients are multiplied whole, in new tensors; the last time their rows, in place."""
+    student, teacher = both_sides(2, 3, MASK.shape, 6, "f16-f32", device=fused.device)
+    mask = MASK.to(fused.device) if masked else None
+    loss = 0.3 * fused(student, teacher, mask, pooling=pooling)
+    first = torch.autograd.grad(loss, [*student, *teacher], retain_graph=True)
+    second = torch.autograd.grad(loss, [*student, *teacher])
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])

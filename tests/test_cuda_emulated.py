@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import REACH, REACH_MAP
+from common import REACH, REACH_MAP, SCALED_ROWS
 from cuda_emulation import build
 
 from alpkd_fast import ops
 from alpkd_fast.backends import cuda
-from alpkd_fast.problem import make_problem
+from alpkd_fast.problem import POOLINGS, make_problem
 from alpkd_fast.reference import reference_loss
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="the emulation needs g++ (or CXX)")
@@ -391,6 +391,45 @@ def test_second_backward(dtype):
     second = torch.autograd.grad(loss, student, torch.tensor(0.5))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=["f64", "f32", "bf16", "f16"])
+@pytest.mark.parametrize("D", [37, 40, 3000])
+@pytest.mark.parametrize(("pooling", "weights", "positions"), SCALED_ROWS)
+def test_only_compared_rows_are_scaled(dtype, D, pooling, weights, positions):
+    """In one launch, whatever the rows' alignment; several rows to a block, and several blocks to a row."""
+    values = states(3, (2, 3, 5), D, dtype)
+    got = [v.clone() for v in values]
+    launched()
+    factors = torch.tensor([0.3, 0.7], dtype=torch.promote_types(dtype, F32))
+    torch.ops.alpkd_fast.scale_gradients_cuda(got, *factors, POOLINGS.index(pooling), weights)
+    assert launched() == ["alp_scale_gradients"]
+    for g, v in zip(got, values, strict=True):
+        v.view(6, 5, D)[range(6), positions] *= factors.prod()
+        assert torch.equal(g, v)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_backward_of_pooled_rows(pooling, masked):
+    """One launch multiplies the compared rows: infinity would make NaN of the others' zeros. It does not need the mask
+    that the caller had given, and a kept graph is multiplied whole."""
+    student = [h.requires_grad_() for h in states(2, (3, 5), 16, F32)]
+    mask = MASK.clone() if masked else None
+    problem = make_problem(student, states(3, (3, 5), 16, F32, 1), mask, pooling=pooling)
+    kept, scaled, poisoned = (emulated(problem)[0] for _ in range(3))
+    want = torch.autograd.grad(kept, student, torch.tensor(0.3), retain_graph=True)
+    if masked:
+        mask.fill_(1)
+    launched()
+    got = torch.autograd.grad(scaled, student, torch.tensor(0.3))
+    assert launched() == ["alp_scale_gradients"]
+    spoilt = torch.autograd.grad(poisoned, student, torch.tensor(torch.inf))
+    for expected, g, h in zip(want, got, spoilt, strict=True):
+        assert torch.equal(g, expected)
+        rows = range(3), {"cls": [0] * 3, "last": [3, 3, 0] if masked else [4] * 3}[pooling]
+        h[rows] = 0
+        assert bool((h == 0).all())
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])

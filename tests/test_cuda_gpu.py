@@ -37,26 +37,27 @@ def problem(dtype, D=768, m=6, n=12, rows=(8, 64)):
     return states(m, rows, D, dtype), states(n, rows, D, dtype, 1), mask
 
 
+@pytest.mark.parametrize("pooling", ["token", "cls", "last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_graph_replays_follow_the_inputs(gpu_backend, dtype):
+def test_graph_replays_follow_the_inputs(gpu_backend, dtype, pooling):
     """Captured with its backward, on new inputs, more than once: no ticket, workspace or factor is left over."""
     student, teacher, mask = problem(DTYPES[dtype])
     g = torch.tensor(0.5, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(student, teacher, mask, gpu_backend, g)
+        step(student, teacher, mask, gpu_backend, g, pooling=pooling)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss, gradients = step(student, teacher, mask, gpu_backend, g)
+        loss, gradients = step(student, teacher, mask, gpu_backend, g, pooling=pooling)
     for seed in (3, 4):
         for h, fresh in zip(student, states(6, (8, 64), 768, DTYPES[dtype], seed), strict=True):
             h.copy_(fresh)
         mask[seed] = 0
         g.fill_(seed / 4)
         graph.replay()
-        want_loss, want = step(student, teacher, mask, gpu_backend, g)
+        want_loss, want = step(student, teacher, mask, gpu_backend, g, pooling=pooling)
         assert torch.equal(loss, want_loss)
         for got, expected in zip(gradients, want, strict=True):
             assert torch.equal(got, expected)

@@ -10,10 +10,11 @@ from itertools import product
 
 import pytest
 import torch
-from common import both_sides
+from common import SCALED_ROWS, both_sides
 
 import alpkd_fast
 from alpkd_fast import alp_loss
+from alpkd_fast.problem import POOLINGS
 
 pytest.importorskip("triton")
 from alpkd_fast.kernels.layers import as_rows
@@ -103,6 +104,43 @@ def test_scale_gradients(dtype):
     torch.ops.alpkd_fast.scale_gradients_triton(got, factor, torch.ones_like(factor))
     for g, v in zip(got, values, strict=True):
         assert torch.equal(g, (v.to(factor.dtype) * factor).to(dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("D", [37, 40, 5000])
+@pytest.mark.parametrize(("pooling", "weights", "positions"), SCALED_ROWS)
+def test_only_compared_rows_are_scaled(dtype, D, pooling, weights, positions):
+    values = [torch.randn(2, 3, 5, D, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
+    factors = torch.tensor([0.3, 0.7], dtype=torch.promote_types(dtype, torch.float32), device=DEVICE)
+    weights = None if weights is None else weights.to(DEVICE)
+    got = [v.clone() for v in values]
+    torch.ops.alpkd_fast.scale_gradients_triton(got, *factors, POOLINGS.index(pooling), weights)
+    for g, v in zip(got, values, strict=True):
+        v.view(6, 5, D)[range(6), positions] *= factors.prod()
+        assert torch.equal(g, v)
+
+
+SCALING = """
+import re, torch
+from alpkd_fast.kernels import check
+from alpkd_fast.kernels.launch import scale_gradients
+
+def found(kernel, binary):
+    print(kernel, *sorted(set(re.findall(r"(?:ld|st)[.]global[.](\\S*)", binary.asm["ptx"]))))
+
+with check.compiling_for(check.targets(["sm_90"])["sm_90"], 0, found):
+    for dtype in (torch.bfloat16, torch.float32):
+        for pooling in range(4):
+            scale_gradients([torch.zeros(3, 5, 768, dtype=dtype)] * 2, torch.ones(()), None, pooling)
+"""
+
+
+def test_gradients_are_scaled_in_vectors_of_16_bytes():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SCALING], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["scale_kernel b32 v4.b32"] * 8  # b32: the factor
 
 
 @needs_triton

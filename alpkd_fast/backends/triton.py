@@ -92,10 +92,10 @@ def _alp(*arguments: Any) -> Any:
     return alp(*arguments)
 
 
-def _scale_gradients(gradients: list[Tensor], factor: Tensor, grad_factor: Tensor | None = None) -> None:
+def _scale_gradients(*arguments: Any) -> None:
     from ..kernels.launch import scale_gradients
 
-    scale_gradients(gradients, factor, grad_factor)
+    scale_gradients(*arguments)
 
 
 torch.library.impl("alpkd_fast::alp_triton", ("cpu", "cuda"), _alp)

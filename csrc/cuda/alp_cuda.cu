@@ -404,12 +404,15 @@ Dtype factor_dtype(const char* name, const Tensor& factor, const Tensor& like) {
   return hidden_dtype(factor);
 }
 
-// gradients *= factor · grad_factor, in place; nothing is touched where that is 1.
-void scale_gradients_cuda(Tensors gradients, Tensor factor, std::optional<Tensor> grad_factor) {
+// gradients *= factor · grad_factor, in place; nothing is touched where that is 1. With pooling "cls" and "last" only
+// the pooled row of each sequence is: the others are zeros. Else a whole tensor is one row.
+void scale_gradients_cuda(Tensors gradients, Tensor factor, std::optional<Tensor> grad_factor, int64_t pooling_index,
+                          std::optional<Tensor> row_weights) {
   if (gradients.empty()) return;
   const OnDevice guard(gradients[0].get_device_index());
   const Device device = current_device();
   const cudaStream_t stream = current_stream(device.index);
+  const Pooling pooling = Pooling(pooling_index);
   ScaleProblem p{};
   p.factor = factor.data_ptr();
   p.factor_dtype = factor_dtype("factor", factor, gradients[0]);
@@ -417,22 +420,32 @@ void scale_gradients_cuda(Tensors gradients, Tensor factor, std::optional<Tensor
     p.grad_factor = grad_factor->data_ptr();
     p.grad_factor_dtype = factor_dtype("grad_factor", *grad_factor, gradients[0]);
   }
+  if (row_weights) {
+    p.weights.data = row_weights->data_ptr();
+    p.weights.type = weight_dtype(*row_weights);
+  }
   for (size_t begin = 0; begin < gradients.size();) {
-    p.dtype = hidden_dtype(gradients[begin]);
+    const Tensor& like = gradients[begin];
+    p.dtype = hidden_dtype(like);
+    const bool one_row = pooling == Pooling::cls || pooling == Pooling::last;
+    p.weights.pooling = one_row ? pooling : Pooling::token;
+    p.weights.seq = one_row ? like.size(like.dim() - 2) : 1;
+    p.weights.D = one_row ? like.size(like.dim() - 1) : like.numel();
+    p.weights.rows = like.numel() / std::max<int64_t>(p.weights.seq * p.weights.D, 1);
     p.count = 0;
-    int64_t bytes = 0;
     for (; begin < gradients.size() && p.count < ScaleProblem::kMaxTensors; ++begin) {
       const Tensor& gradient = gradients[begin];
-      if (hidden_dtype(gradient) != p.dtype) break;
+      if (hidden_dtype(gradient) != p.dtype || gradient.sizes() != like.sizes()) break;
       STD_TORCH_CHECK(gradient.is_contiguous(), "scale_gradients_cuda: gradients must be contiguous");
-      p.data[p.count] = static_cast<char*>(gradient.data_ptr());
-      p.numel[p.count++] = gradient.numel();
-      bytes = std::max(bytes, gradient.numel() * dtype_size(p.dtype));
+      p.data[p.count++] = static_cast<char*>(gradient.data_ptr());
     }
-    const int resident = resident_blocks("alp_scale_gradients", &alp_scale_gradients, device, kScaleThreads, 0);
-    const int64_t wanted = (bytes + 16 * kScaleThreads - 1) / (16 * kScaleThreads);
-    launch("alp_scale_gradients", &alp_scale_gradients,
-           std::clamp<int64_t>(wanted, 1, int64_t(resident) * device.multiprocessors), kScaleThreads, 0, stream, p);
+    const int64_t resident =
+        device.multiprocessors *
+        int64_t(resident_blocks("alp_scale_gradients", &alp_scale_gradients, device, kScaleThreads, 0));
+    const int64_t per_block = 16 / dtype_size(p.dtype) * kScaleThreads;
+    p.blocks = std::clamp<int64_t>((p.weights.D + per_block - 1) / per_block, 1, resident);
+    const int64_t at_a_time = std::clamp<int64_t>(p.weights.rows * p.count, 1, resident / p.blocks);
+    launch("alp_scale_gradients", &alp_scale_gradients, p.blocks * at_a_time, kScaleThreads, 0, stream, p);
   }
 }
 

@@ -11,9 +11,10 @@ struct ScaleProblem {
   static constexpr int kMaxTensors = 96;
   const void *factor, *grad_factor;  // one element each; grad_factor may be null
   Dtype dtype, factor_dtype, grad_factor_dtype;
+  Weights weights;  // of the pooled rows, which are multiplied, of D elements each
+  int64_t blocks;   // that share a row; the grid is a multiple of it
   int count;
   char* data[kMaxTensors];
-  int64_t numel[kMaxTensors];
 };
 
 // One fp32 value or two 16-bit ones
@@ -29,21 +30,22 @@ __global__ void __launch_bounds__(kScaleThreads) alp_scale_gradients(const __gri
   if (p.grad_factor != nullptr)
     factor *= load_element<double>(static_cast<const char*>(p.grad_factor), p.grad_factor_dtype, 0);
   if (factor == 1) return;
-  const int64_t first = int64_t(block_index()) * kScaleThreads + thread_index();
-  const int64_t step = int64_t(grid_size()) * kScaleThreads;
-  const int64_t per16 = 16 / dtype_size(p.dtype);
-  for (int k = 0; k < p.count; ++k) {
-    char* data = p.data[k];
+  const float f = float(factor);
+  if (p.dtype != Dtype::f64) factor = f;  // an element's rounding does not depend on the width of its access
+  const Weights& w = p.weights;
+  const int64_t first = (block_index() % p.blocks) * kScaleThreads + thread_index(), step = p.blocks * kScaleThreads;
+  const int64_t size = dtype_size(p.dtype), per16 = 16 / size;
+  for (int64_t k = block_index() / p.blocks; k < w.rows * p.count; k += grid_size() / p.blocks) {
+    char* data = p.data[k % p.count] + find_row(w, k / p.count).position * w.D * size;
     const bool vectorised = p.dtype != Dtype::f64 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-    const int64_t vectors = vectorised ? p.numel[k] / per16 : 0;
+    const int64_t vectors = vectorised ? w.D / per16 : 0;
 #pragma unroll 2
     for (int64_t v = first; v < vectors; v += step) {
       const Bytes16 b = load16(data + 16 * v);
-      const float f = float(factor);
       store16_streaming(data + 16 * v, {scale_word(b.x, p.dtype, f), scale_word(b.y, p.dtype, f),
                                         scale_word(b.z, p.dtype, f), scale_word(b.w, p.dtype, f)});
     }
-    for (int64_t at = vectors * per16 + first; at < p.numel[k]; at += step)
+    for (int64_t at = vectors * per16 + first; at < w.D; at += step)
       store_element(data, p.dtype, at, load_element<double>(data, p.dtype, at) * factor);
   }
 }
