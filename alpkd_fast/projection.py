@@ -21,7 +21,6 @@ from torch.nn.functional import linear
 from .backends import choose
 from .backends.reference import check_problem
 from .layer_attention import layer_attention
-from .layer_maps import allowed_on_device
 from .problem import Layers, Problem, make_problem
 from .reference import loss_of_combined, pool_layers
 
@@ -43,7 +42,7 @@ def project_teacher(problem: Problem, weight: Tensor | None, bias: Tensor | None
         problem = _with_teacher_layers(problem, read)
     with torch.autocast(weight.device.type, enabled=False):
         if has_query_side(problem, form) and query_side_pays(problem, weight, form):
-            parts = _query_side(problem, weight, bias)
+            parts = _query_side(problem, weight, bias, form)
         else:
             parts = _teacher_side(problem, weight, bias, lambda projected: choose(backend, projected).run(projected))
     loss, layer_losses, attention, entropy = parts
@@ -156,21 +155,21 @@ def _by_layer(weight: Tensor, bias: Tensor | None, m: int) -> list[tuple[Tensor,
     return list(zip(weight, [None] * m if bias is None else bias, strict=True))
 
 
-def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None) -> LossParts:
+def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None, backend: str) -> LossParts:
     check_problem(problem)
     dtype, m, n = problem.compute_dtype, len(problem.student), len(problem.teacher)
     student, teacher, weights = _pooled(problem, problem.student, problem.teacher)
     every_row_counts = problem.pooling != "token" or problem.row_weights is None
     counted = None if every_row_counts else (weights != 0).flatten()
-    allowed = None if problem.layer_map is None else allowed_on_device(problem.layer_map, n, weight.device)
     phi = _by_layer(weight, bias, m)
     queries = [s.reshape(-1, s.shape[-1]) @ W for s, (W, _) in zip(student, phi, strict=True)]  # m of (R, D_t)
     scale = problem.scale.to(dtype) if isinstance(problem.scale, Tensor) else problem.scale
     flat = [t.reshape(-1, t.shape[-1]) for t in teacher]  # n of (R, D_t)
-    u, attention = layer_attention(queries, flat, scale, allowed, counted, problem.detach_attention)
+    u, attention = layer_attention(
+        queries, flat, counted, problem.layer_map, scale, problem.detach_attention, backend
+    )  # m of (R, D_t), (m, R, n)
     combined = [linear(x, W, b).view_as(s) for x, s, (W, b) in zip(u, student, phi, strict=True)]
-    attention = attention.transpose(0, 1).reshape(m, *weights.shape, n)
-    return loss_of_combined(problem, student, combined, weights, attention)
+    return loss_of_combined(problem, student, combined, weights, attention.reshape(m, *weights.shape, n))
 
 
 def _one_projection_per_layer(
