@@ -140,6 +140,14 @@ def _from_indices(layer_map: Sequence[Sequence[int]], m: int, n: int) -> LayerTa
     return tuple(tuple(sorted(set(layers))) for layers in rows)
 
 
+def counts_and_layers(table: LayerTable | None) -> tuple[list[int], list[int]]:
+    """The table as the operators take it: the number of teacher layers per student layer, and all of them in a row;
+    nothing for None."""
+    if table is None:
+        return [], []
+    return [len(layers) for layers in table], [j for layers in table for j in layers]
+
+
 def allowed_on_device(table: LayerTable, n: int, device: torch.device) -> Tensor:
     """The table as (m, n) bool, made on the device: a copy from the host would wait for it, and end the capture of a
     CUDA graph."""

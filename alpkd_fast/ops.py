@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layer_maps import counts_and_layers
 from .problem import POOLINGS, Problem
 from .reference import last_position, row_index
 
@@ -25,18 +26,18 @@ _SCHEMA = (
     " Tensor grad_factor, Tensor d_scale, Tensor[] d_student, Tensor[] d_teacher)"
 )
 FUSED_BACKENDS = ("cpu", "triton", "cuda")
-_LIBRARY = torch.library.Library("alpkd_fast", "DEF")
+LIBRARY = torch.library.Library("alpkd_fast", "DEF")
 for _name in FUSED_BACKENDS:
-    _LIBRARY.define(f"alp_{_name}{_SCHEMA}")
+    LIBRARY.define(f"alp_{_name}{_SCHEMA}")
 # gradients *= factor * grad_factor in place, in one launch that does nothing where the product is 1; with pooling "cls"
 # and "last" only the one row of a sequence that is not zeros, which for "last" the row weights decide
 SCALING_BACKENDS = ("triton", "cuda")
 for _name in SCALING_BACKENDS:
-    _LIBRARY.define(
+    LIBRARY.define(
         f"scale_gradients_{_name}(Tensor(a!)[] gradients, Tensor factor, Tensor? grad_factor=None,"
         " int pooling=0, Tensor? row_weights=None) -> ()"
     )
-    torch.library.register_fake(f"alpkd_fast::scale_gradients_{_name}", lambda *_: None, lib=_LIBRARY)
+    torch.library.register_fake(f"alpkd_fast::scale_gradients_{_name}", lambda *_: None, lib=LIBRARY)
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -67,10 +68,6 @@ def _fake(
     dtype = compute_dtype(student[0], teacher[0])
     rows = student[0].shape[:-1] if POOLINGS[pooling] == "token" else student[0].shape[:-2]
     new = student[0].new_empty
-
-    def gradients(layers: list[Tensor], wanted: list[bool]) -> list[Tensor]:
-        return [h.new_empty(h.shape) for h, w in zip(layers, wanted, strict=True) if w]
-
     return (
         new((), dtype=dtype),
         new((m,), dtype=dtype),
@@ -78,13 +75,17 @@ def _fake(
         new((m,) if details else (0,), dtype=dtype),
         new((), dtype=dtype),
         new((), dtype=dtype),
-        gradients(student, student_grad),
-        gradients(teacher, teacher_grad),
+        fake_gradients(student, student_grad),
+        fake_gradients(teacher, teacher_grad),
     )
 
 
+def fake_gradients(layers: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    return [h.new_empty(h.shape) for h, w in zip(layers, wanted, strict=True) if w]
+
+
 for _name in FUSED_BACKENDS:
-    torch.library.register_fake(f"alpkd_fast::alp_{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"alpkd_fast::alp_{_name}", _fake, lib=LIBRARY)
 
 
 def _load_binary(name: str, cause: str, switch: str) -> str | None:
@@ -120,12 +121,10 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
     scale, normalizer = problem.scale, problem.normalizer
     scale_tensor = scale if isinstance(scale, Tensor) else None
     normalizer_tensor = normalizer if isinstance(normalizer, Tensor) else None
-    table = problem.layer_map
     options = (
         problem.row_weights,
         POOLINGS.index(problem.pooling),
-        [] if table is None else [len(layers) for layers in table],
-        [] if table is None else [j for layers in table for j in layers],
+        *counts_and_layers(problem.layer_map),
         0.0 if scale_tensor is not None else scale,
         [] if problem.layer_weights is None else list(problem.layer_weights),
         problem.normalize,

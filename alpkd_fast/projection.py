@@ -21,18 +21,18 @@ from torch.nn.functional import linear
 from .backends import choose
 from .backends.reference import check_problem
 from .layer_attention import layer_attention
-from .layer_maps import allowed_on_device
 from .problem import Layers, Problem, make_problem
-from .reference import loss_of_combined, pool_layers
+from .reference import masked_attention, pool_layers
 
 LossParts = tuple[Tensor, Tensor, Tensor, Tensor]
+Run = Callable[[Problem], LossParts]
 
 
 def project_teacher(problem: Problem, weight: Tensor | None, bias: Tensor | None, backend: str) -> LossParts:
     """Return what the backend of that name returns for the problem with its teacher rows projected.
 
-    The problem as it is given decides the form. On the teacher side the name is resolved anew for what then runs: its
-    teacher has the compute dtype and may need a gradient, which another of a GPU's backends may compute faster.
+    The problem as it is given decides the form. The name is resolved anew for what then runs: its teacher has the
+    compute dtype and may need a gradient, which another of a GPU's backends may compute faster.
     """
     form = choose(backend, problem).NAME
     weight, bias = _check_projection(problem, weight, bias)
@@ -41,11 +41,15 @@ def project_teacher(problem: Problem, weight: Tensor | None, bias: Tensor | None
     n, read = len(problem.teacher), sorted(set().union(*_allowed(problem)))
     if len(read) < n:
         problem = _with_teacher_layers(problem, read)
+
+    def run(projected: Problem) -> LossParts:
+        return choose(backend, projected).run(projected)
+
     with torch.autocast(weight.device.type, enabled=False):
         if has_query_side(problem, form) and query_side_pays(problem, weight, form):
-            parts = _query_side(problem, weight, bias)
+            parts = _query_side(problem, weight, bias, form, run)
         else:
-            parts = _teacher_side(problem, weight, bias, lambda projected: choose(backend, projected).run(projected))
+            parts = _teacher_side(problem, weight, bias, run)
     loss, layer_losses, attention, entropy = parts
     if problem.details and len(read) < n:
         attention = _in_columns(attention, read, n)
@@ -66,9 +70,7 @@ def _in_columns(attention: Tensor, layers: Sequence[int], n: int) -> Tensor:
     return torch.stack([columns.get(j, zeros) for j in range(n)], -1)
 
 
-def _teacher_side(
-    problem: Problem, weight: Tensor, bias: Tensor | None, run: Callable[[Problem], LossParts]
-) -> LossParts:
+def _teacher_side(problem: Problem, weight: Tensor, bias: Tensor | None, run: Run) -> LossParts:
     teacher, student, weights = _pooled(problem, problem.teacher, problem.student)
     if problem.pooling != "token":
         problem = replace(problem, student=student, row_weights=weights, pooling="token")
@@ -87,14 +89,14 @@ def has_query_side(problem: Problem, backend: str) -> bool:
 def query_side_pays(problem: Problem, weight: Tensor, backend: str) -> bool:
     """Whether the query side is the quicker form, by its count of products of all rows with a (D_s, D_t) matrix.
 
-    A step takes 2 for each projected teacher layer, or 6 for each student layer and the layer attention, which on a
-    CPU takes the time of about n (100 + 50 m) / D_s products (measured for 12 and 24 teacher layers). On a GPU
-    neither was measured: there the query side needs a third of the products at most.
+    A step takes 2 for each projected teacher layer, or 6 for each student layer; the rows of W's other width that these
+    make and read again take a CPU the time of about 250 / D_s products each (measured for D_s from 64 to 1024). On a
+    GPU neither was measured: there the query side needs a third of the products at most.
     """
     m, n, D_s = len(problem.student), len(problem.teacher), weight.shape[-2]
     projected = n if weight.dim() == 2 else sum(len(allowed) for allowed in _allowed(problem))
     if backend == "cpu":
-        return (2 * projected - 6 * m) * D_s > n * (100 + 50 * m)
+        return (2 * projected - 6 * m) * D_s > 250 * m
     return 2 * projected >= 3 * 6 * m
 
 
@@ -138,6 +140,9 @@ def _pooled(
     gradient of W through the product 0 * NaN.
     """
     arguments = problem.row_weights, problem.pooling, problem.compute_dtype
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        # What was made under inference mode cannot be saved for a backward.
+        multiplied, other = ([h.clone() if h.is_inference() else h for h in side] for side in (multiplied, other))
     multiplied, weights = pool_layers(multiplied, *arguments)  # of (*rows, D)
     if problem.pooling != "token":
         other, _ = pool_layers(other, *arguments)
@@ -156,26 +161,37 @@ def _by_layer(weight: Tensor, bias: Tensor | None, m: int) -> list[tuple[Tensor,
     return list(zip(weight, [None] * m if bias is None else bias, strict=True))
 
 
-def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None) -> LossParts:
+def _query_side(problem: Problem, weight: Tensor, bias: Tensor | None, form: str, run: Run) -> LossParts:
+    """A backend's layer attention over the teacher as it is, and its loss of each combination as the one teacher layer
+    of its student layer."""
     check_problem(problem)
     dtype, m, n = problem.compute_dtype, len(problem.student), len(problem.teacher)
     student, teacher, weights = _pooled(problem, problem.student, problem.teacher)
     every_row_counts = problem.pooling != "token" or problem.row_weights is None
     counted = None if every_row_counts else (weights != 0).flatten()
-    allowed = None if problem.layer_map is None else allowed_on_device(problem.layer_map, n, weight.device)
     phi = _by_layer(weight, bias, m)
     queries = [s.reshape(-1, s.shape[-1]) @ W for s, (W, _) in zip(student, phi, strict=True)]  # m of (R, D_t)
     scale = problem.scale.to(dtype) if isinstance(problem.scale, Tensor) else problem.scale
     flat = [t.reshape(-1, t.shape[-1]) for t in teacher]  # n of (R, D_t)
-    u, attention = layer_attention(queries, flat, scale, allowed, counted, problem.detach_attention)
+    u, attention = layer_attention(
+        queries, flat, counted, problem.layer_map, scale, problem.detach_attention, form
+    )  # m of (R, D_t), (m, R, n)
     combined = [linear(x, W, b).view_as(s) for x, s, (W, b) in zip(u, student, phi, strict=True)]
-    attention = attention.transpose(0, 1).reshape(m, *weights.shape, n)
-    return loss_of_combined(problem, student, combined, weights, attention)
+    each = replace(
+        problem,
+        student=student,
+        teacher=combined,
+        row_weights=weights,
+        pooling="token",
+        layer_map=tuple((i,) for i in range(m)),
+        scale=0.0,
+        details=False,
+    )
+    loss, layer_losses, *_ = run(each)
+    return loss, layer_losses, *masked_attention(attention.reshape(m, *weights.shape, n), weights)
 
 
-def _one_projection_per_layer(
-    problem: Problem, weight: Tensor, bias: Tensor | None, run: Callable[[Problem], LossParts]
-) -> LossParts:
+def _one_projection_per_layer(problem: Problem, weight: Tensor, bias: Tensor | None, run: Run) -> LossParts:
     m, n = len(problem.student), len(problem.teacher)
     parts: list[LossParts] = []
     for i, allowed in enumerate(_allowed(problem)):

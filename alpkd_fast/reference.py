@@ -7,8 +7,6 @@ twice if asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,21 @@ def reference_loss(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     teacher = torch.stack(pool_layers(problem.teacher, *arguments)[0])  # (n, *rows, D)
     scale = problem.scale.to(teacher.dtype) if isinstance(problem.scale, Tensor) else problem.scale
     combined, attention = zip(*(_combine(problem, i, s, teacher, scale) for i, s in enumerate(student)), strict=True)
-    return loss_of_combined(problem, student, combined, weights, torch.stack(attention))
+    total = weights.sum()
+    N: Tensor | float = 1.0
+    if problem.reduction == "mean":
+        D = student[0].shape[-1]
+        N = len(student) * D * (_or_one(total) if problem.normalizer is None else problem.normalizer)
+    layer_losses = []
+    for i, (s, C) in enumerate(zip(student, combined, strict=True)):
+        omega = 1.0 if problem.layer_weights is None else problem.layer_weights[i]
+        if omega == 0:  # not read: C is a sum of zeros
+            layer_losses.append(C.sum())
+            continue
+        residual = unit(s) - unit(C) if problem.normalize else s - C
+        layer_losses.append(omega * (weights * residual.square().sum(-1)).sum() / N)
+    losses = torch.stack(layer_losses)
+    return losses.sum(), losses.detach(), *masked_attention(torch.stack(attention), weights)
 
 
 def _combine(
@@ -47,31 +59,15 @@ def _combine(
     return torch.einsum("...j,j...d->...d", a, t), attention
 
 
-def loss_of_combined(
-    problem: Problem, student: Sequence[Tensor], combined: Sequence[Tensor], weights: Tensor, attention: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``reference_loss`` returns, from m student rows and their combined teacher rows (*rows, D).
-
-    A student layer of weight 0 is not read; its combined rows are zeros. attention: (m, *rows, n).
-    """
-    total = weights.sum()
-    safe_total = torch.where(total > 0, total, 1.0)
-    N: Tensor | float = 1.0
-    if problem.reduction == "mean":
-        D = student[0].shape[-1]
-        N = len(student) * D * (safe_total if problem.normalizer is None else problem.normalizer)
-    layer_losses = []
-    for i, (s, C) in enumerate(zip(student, combined, strict=True)):
-        omega = 1.0 if problem.layer_weights is None else problem.layer_weights[i]
-        if omega == 0:
-            layer_losses.append(C.sum())
-            continue
-        residual = unit(s) - unit(C) if problem.normalize else s - C
-        layer_losses.append(omega * (weights * residual.square().sum(-1)).sum() / N)
-    losses = torch.stack(layer_losses)
+def masked_attention(attention: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention (m, *rows, n) with zeros in rows that do not count, and its mean entropy (m,) in nats."""
     attention = torch.where((weights != 0)[..., None], attention, 0.0)
-    entropy = (weights * torch.special.entr(attention).sum(-1)).reshape(len(losses), -1).sum(-1) / safe_total
-    return losses.sum(), losses.detach(), attention, entropy
+    entropy = weights * torch.special.entr(attention).sum(-1)  # (m, *rows)
+    return attention, entropy.reshape(len(attention), -1).sum(-1) / _or_one(weights.sum())
+
+
+def _or_one(total: Tensor) -> Tensor:
+    return torch.where(total > 0, total, 1.0)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
-// Registration of the compiled kernels. The schemas are defined in alpkd_fast/ops.py.
+// Registration of the compiled kernels. The schemas are defined in alpkd_fast/ops.py and alpkd_fast/layer_attention.py.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/alp_cpu.h"
+#include "cpu/operators.h"
 
-STABLE_TORCH_LIBRARY_IMPL(alpkd_fast, CPU, library) { library.impl("alp_cpu", TORCH_BOX(&alp::alp_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(alpkd_fast, CPU, library) {
+  library.impl("alp_cpu", TORCH_BOX(&alp::alp_cpu));
+  library.impl("layer_attention_cpu", TORCH_BOX(&alp::layer_attention_cpu));
+  library.impl("layer_attention_backward_cpu", TORCH_BOX(&alp::layer_attention_backward_cpu));
+}

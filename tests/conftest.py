@@ -10,7 +10,6 @@ import torch
 from backend import Backend
 
 import alpkd_fast
-import alpkd_fast.layer_attention
 import alpkd_fast.projection
 
 # An unwritten output must not pass: fresh tensors of PyTorch hold NaN. The kernels' own come from the C library: bytes
@@ -74,7 +73,6 @@ def fused(request) -> Backend:
 def form(request, monkeypatch) -> str:
     """Both forms of the teacher's projection, whatever would be quicker."""
     monkeypatch.setattr(alpkd_fast.projection, "query_side_pays", lambda *_: request.param == "query-side")
-    monkeypatch.setattr(alpkd_fast.layer_attention, "BLOCK", 4)  # several blocks, the last one shorter
     return request.param
 
 

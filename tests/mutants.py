@@ -33,6 +33,7 @@ class Mutant(NamedTuple):
 
 
 KERNEL, HOST = "csrc/cpu/row_kernel.h", "csrc/cpu/alp_cpu.cpp"
+ATTENTION = "csrc/cpu/layer_attention.cpp"
 MUTANTS = [
     # ---- the row kernel
     Mutant("dropped-tau-term-of-student-gradient", KERNEL, "gradient{m, varies ? n : 0,", "gradient{m, 0,", "parity"),
@@ -77,6 +78,18 @@ MUTANTS = [
            "combine_one(own_t, a[i], n - 1,", "options layer_maps"),
     Mutant("student-rows-not-read-where-the-attention-is-constant", KERNEL,
            "for (int i = 0; s != nullptr && i < m; ++i)", "for (int i = 0; false && i < m; ++i)", "options layer_maps"),
+    # ---- the layer attention alone
+    Mutant("scores-of-gradients-for-queries", KERNEL, "Operands<A, S>{group_q, t}, width",
+           "Operands<A, S>{group_s, t}, width", "projection"),
+    Mutant("teacher-gradient-of-gradients-for-queries", KERNEL, "rows[m + i] = own_q", "rows[m + i] = own_s",
+           "projection"),
+    Mutant("attention-of-another-row", KERNEL, "const A* attention = attention_row(g.student[i], r);",
+           "const A* attention = attention_row(g.student[i], 0);", "projection"),
+    Mutant("layer-attention-reads-masked-rows", ATTENTION, "if (options.counted) weights", "if (false) weights",
+           "masking"),
+    Mutant("layer-attention-ignores-the-map", ATTENTION, "groups(m, n, options.map_counts,", "groups(m, n, {},",
+           "projection"),
+    Mutant("layer-attention-in-spite-of-detach", ATTENTION, "problem.detach = detach_attention;", "", "projection"),
     # ---- the products
     Mutant("sums-of-the-second-tile-over-the-first", "csrc/cpu/products.h", "(o, i, n, width, sums + i * n, ahead)",
            "(o, i, n, width, sums, ahead)", "parity"),
@@ -109,7 +122,7 @@ MUTANTS = [
     Mutant("strided-columns-not-copied", "csrc/tensors.h",
            "if (tensor.size(last) > 1 && tensor.stride(last) != 1) return false;", "", "strides"),
     Mutant("negative-weights-let-through", HOST, "weight >= 0 && weight < HUGE_VAL", "weight == weight", "errors"),
-    Mutant("chunks-by-threads", HOST, "return std::clamp<int64_t>(rows / 64, 1, 64);",
+    Mutant("chunks-by-threads", "csrc/cpu/rows.cpp", "return std::clamp<int64_t>(rows / 64, 1, 64);",
            "return std::clamp<int64_t>(rows / torch::stable::get_num_threads() / 2, 1, 4096);", "determinism"),
     # ---- Python
     Mutant("wrong-bucket-border", "alpkd_fast/layer_maps.py", "i * n // m for i", "-(-i * n // m) for i", "layer_maps"),
@@ -134,16 +147,6 @@ MUTANTS = [
     Mutant("projection-reads-layers-outside-the-map", "alpkd_fast/projection.py",
            "read = len(problem.teacher), sorted(set().union(*_allowed(problem)))",
            "read = len(problem.teacher), list(range(len(problem.teacher)))", "projection"),
-    Mutant("query-side-ignores-the-map", "alpkd_fast/layer_attention.py",
-           "a, t = _masked_softmax(z, allowed), _finite(t)", "a = torch.softmax(z, -1)", "projection"),
-    Mutant("query-side-carries-nan-beyond-the-map", "alpkd_fast/layer_attention.py",
-           "return torch.where(block.isfinite(), block, 0.0)", "return block", "projection_forms"),
-    Mutant("query-side-reads-masked-rows", "alpkd_fast/layer_attention.py",
-           "block if counted is None else torch.where(counted[rows, None, None], block, 0.0)", "block", "masking"),
-    Mutant("query-side-softmax-mean-not-subtracted", "alpkd_fast/layer_attention.py",
-           "dz = ap - a * ap.sum(-1, keepdim=True)", "dz = ap", "projection"),
-    Mutant("query-side-tau-term-in-spite-of-detach", "alpkd_fast/layer_attention.py",
-           "queries = [q.detach() for q in queries]", "pass", "projection"),
     Mutant("query-side-in-spite-of-more-products", "alpkd_fast/projection.py", "(2 * projected - 6 * m) * D_s >",
            "(2 * projected - 2 * m) * D_s >", "projection_forms"),
 ]  # fmt: skip

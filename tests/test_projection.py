@@ -179,3 +179,19 @@ def test_no_second_derivative_of_either_form(fused):
     (first,) = torch.autograd.grad(fused(student, teacher, **phi), student[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-rows", "masked"])
+@pytest.mark.parametrize("pooling", ["token", "cls", "last", "mean"])
+def test_a_teacher_that_ran_under_inference_mode(backend, pooling, masked):
+    student, teacher, phi = problem(backend)
+    mask = torch.tensor([[1, 2, 0], [1, 1, 1]], device=backend.device) if masked else None
+    with torch.inference_mode():
+        teacher = [t.clone() for t in teacher]
+    backend(student, teacher, mask, **phi, pooling=pooling).backward()
+    want = [x.grad.clone() for x in (*student, *phi.values())]
+    for x in (*student, *phi.values()):
+        x.grad = None
+    backend(student, [t.clone() for t in teacher], mask, **phi, pooling=pooling).backward()
+    for x, d in zip((*student, *phi.values()), want, strict=True):
+        assert torch.equal(x.grad, d)

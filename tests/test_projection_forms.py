@@ -4,7 +4,9 @@ import pytest
 import torch
 from common import REACH, REACH_MAP, assert_reaches, both_sides, evaluate, hidden_states
 
-from alpkd_fast import alp_loss, layer_attention, projection
+from alpkd_fast import alp_loss, projection
+from alpkd_fast.layer_maps import counts_and_layers
+from alpkd_fast.ops import binary_problem
 from alpkd_fast.problem import make_problem
 
 
@@ -22,14 +24,14 @@ def chosen(backend="cpu", m=2, n=12, D_s=384, per_layer=False, layer_map="all", 
     [
         ("query-side", {}),
         ("query-side", {"D_s": 768}),
-        ("query-side", {"m": 3, "D_s": 768}),
+        ("query-side", {"m": 3}),
+        ("query-side", {"D_s": 64}),
         ("query-side", {"m": 6, "per_layer": True}),
         ("query-side", {"m": 4, "n": 24, "D_s": 1024}),
         ("query-side", {"backend": "triton", "m": 6, "per_layer": True}),
         ("teacher-side", {"m": 4}),
         ("teacher-side", {"m": 6}),
-        ("teacher-side", {"m": 3}),
-        ("teacher-side", {"D_s": 64}),
+        ("teacher-side", {"m": 3, "D_s": 64}),
         ("teacher-side", {"m": 6, "per_layer": True, "layer_map": "no-overlap"}),
         ("teacher-side", {"per_layer": True, "layer_map": "skip"}),
         ("teacher-side", {"backend": "cuda"}),
@@ -86,10 +88,29 @@ def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(
 
 def test_the_query_side_makes_nothing_of_the_teachers_size(monkeypatch):
     monkeypatch.setattr(projection, "query_side_pays", lambda *_: True)
-    student, _ = both_sides(2, 8, (4 * layer_attention.BLOCK,), 16)
+    student, _ = both_sides(2, 8, (1024,), 16)
     teacher = [t.detach() for t in hidden_states(8, student[0].shape[:-1], 24)]
     weight = hidden_states(1, (16,), 24)[0]
     with torch.profiler.profile(profile_memory=True) as profile:
         alp_loss(student, teacher, proj_weight=weight, backend="cpu").backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < sum(t.nbytes for t in teacher) / 2
+
+
+@pytest.mark.parametrize("dtypes", ["f32-f32", "f32-bf16", "f64-f16"])
+@pytest.mark.parametrize("table", [None, ((0, 2), (1,))], ids=["all", "map"])
+def test_opcheck_of_the_layer_attention(dtypes, table):
+    if reason := binary_problem():
+        pytest.skip(f"cpu: {reason}")
+    queries, teacher = both_sides(2, 3, (5,), 6, dtypes)
+    queries, teacher = [q.detach() for q in queries], [t.detach() for t in teacher]
+    counted = torch.tensor([True, False, True, True, False])
+    shared = (counted, *counts_and_layers(table), torch.tensor(0.4), 0.0)
+    operators, utils = torch.ops.alpkd_fast, ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    forward = (queries, teacher, *shared)
+    torch.library.opcheck(operators.layer_attention_cpu.default, forward, test_utils=utils)
+    combined, attention = operators.layer_attention_cpu.default(*forward)
+    backward = (combined, queries, teacher, attention, *shared, False, [True, False], [False, True, True], True)
+    torch.library.opcheck(operators.layer_attention_backward_cpu.default, backward, test_utils=utils)
+    d_queries, d_teacher, _ = operators.layer_attention_backward_cpu.default(*backward)
+    assert [d.dtype for d in (*d_queries, *d_teacher)] == [h.dtype for h in (queries[0], *teacher[1:])]

@@ -15,7 +15,19 @@ struct Group {
   int m, n;
 };
 
+// What is computed of a row.
+enum class Task : int8_t {
+  loss,        // the loss and its gradients
+  attend,      // u_i = sum_j a_ij t_j, the layer attention alone: a projection lies between it and the loss
+  attend_back  // its gradients, from those of u_i
+};
+
+// student, its gradients and attention are, by task:
+//   loss         s_i; its gradient; a_ij, written where it is wanted
+//   attend       the queries; u_i; a_ij, written
+//   attend_back  the gradients of u_i; those of the queries; a_ij, read
 struct Problem {
+  Task task;
   int64_t rows;  // pooled rows; a row is a sequence for every pooling but token
   int64_t seq;   // S: positions per row; 1 for token
   int64_t D;
@@ -24,7 +36,8 @@ struct Problem {
   Dtype student_dtype, teacher_dtype;
   const Layer* student;  // [m]
   const Layer* teacher;  // [n]
-  const void* weights;   // (*lead), contiguous
+  const Layer* query;   // [m] attend_back: what the teacher's and the scale's gradients need; null where none is wanted
+  const void* weights;  // (*lead), contiguous
   WeightType weight_type;
 
   const Group* groups;  // of student layers
@@ -39,7 +52,7 @@ struct Problem {
   bool normalize, detach;
   bool student_grad, teacher_grad, scale_grad;  // whether any such gradient is wanted
   bool stream;                                  // gradients exceed the caches: write past them
-  void* attention;                              // (m, rows, n) in the compute dtype, or null without details
+  void* attention;                              // (m, rows, n) in the compute dtype, or null
 };
 
 // What one chunk of rows adds up to, summed over chunks in a fixed order by the host.

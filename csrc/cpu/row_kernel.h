@@ -69,6 +69,7 @@ class RowKernel {
     const int64_t m = p.m, n = p.n;
     h = arena.take<A*>(m);
     group_s = arena.take<A*>(m);
+    group_q = arena.take<A*>(p.query != nullptr ? m : 0);
     group_t = arena.take<A*>(n);
     from_s = arena.take<const char*>(m);
     from_t = arena.take<const char*>(n);
@@ -102,7 +103,8 @@ class RowKernel {
     own_s = arena.take<A>(m * pitch);
     own_t = arena.take<A>(as_they_are && !p.teacher_grad ? 0 : n * pitch);
     errors = arena.take<A>(m * pitch);
-    spare = arena.take<A>(pitch);
+    own_q = p.query != nullptr ? arena.take<A>(m * pitch) : own_s;
+    spare = arena.zeros<A>(pitch);
     combined = arena.take<A>(p.normalize ? m * pitch : 0);
     student_side = arena.take<A>(p.normalize ? m * pitch : 0);
     // A student's gradient row takes the place of its hidden state, where the teacher's gradient needs that no more.
@@ -133,10 +135,10 @@ class RowKernel {
  private:
   const Problem& p;
   Partial partial;
-  A** h;                          // [m] what stands for e_i in p_ij and dt_j
-  A **group_s, **group_t;         // the rows of a group
-  const char **from_s, **from_t;  // and their hidden states
-  const A** bases;                // rows of a product
+  A** h;                              // [m] what stands for e_i in p_ij and dt_j
+  A **group_s, **group_q, **group_t;  // the rows of a group
+  const char **from_s, **from_t;      // and their hidden states
+  const A** bases;                    // rows of a product
   A **rows, **out;
   char** grad;        // where gradient rows lie
   const char** next;  // [m + n] where the next rows start
@@ -148,7 +150,7 @@ class RowKernel {
   A* group_weight;               // [ld] 2w of a group's student layers
   A *all_a, *all_c;              // (m, n) a_ij and tau c_ij of all groups, for the teacher's gradient
   int64_t width, pitch;          // D in whole vectors, from one scratch row to the next
-  A *own_s, *own_t, *errors, *spare, *combined, *student_side, *student_out;  // scratch rows
+  A *own_s, *own_q, *own_t, *errors, *spare, *combined, *student_side, *student_out;  // scratch rows
   bool as_they_are;       // the teacher's rows are read from the hidden states; bf16 in pairs
   double mean_total = 0;  // sum of the weights of a "mean" row
 
@@ -276,7 +278,9 @@ class RowKernel {
     const int m = g.m, n = g.n;
     const int64_t ld = lanes(m);
     const bool varies = n > 1 && through_attention();
+    if (p.task == Task::attend_back) return attend_back(g, s, t, r, position, varies);
     attend(g, s, t, r, position, mu);
+    if (p.task == Task::attend) return write_sum(g, n, t, a, position);
     if (p.normalize)
       compare_normalised(g, mu);
     else
@@ -286,13 +290,7 @@ class RowKernel {
       add_lanes(m, n, sums, products, ld);  // p_ij = <e_i, t_j>
       differentiate_softmax(m, n);
     }
-    if (p.teacher_grad)
-      for (int i = 0; i < m; ++i)
-        for (int j = 0; j < n; ++j) {
-          const int64_t at = int64_t(g.student[i]) * p.n + g.teacher[j];
-          all_a[at] = a[j * ld + i];
-          all_c[at] = varies ? A(p.scale) * products[j * ld + i] : A(0);
-        }
+    if (p.teacher_grad) keep_coefficients(g, varies);
     if (!p.student_grad) return;
     // ds_i = 2w (h_i - tau sum_j c_ij t_j)
     for (int i = 0; i < m; ++i) {
@@ -301,6 +299,55 @@ class RowKernel {
     }
     const Combination<A, S> gradient{m, varies ? n : 0, bases, group_weight, t, coef, ld, out};
     write_combination(gradient, p.student, g.student, p.student_dtype, position);
+  }
+
+  // Of a group, for the teacher's gradients
+  void keep_coefficients(const Group& g, bool varies) {
+    const int64_t ld = lanes(g.m);
+    for (int i = 0; i < g.m; ++i)
+      for (int j = 0; j < g.n; ++j) {
+        const int64_t at = int64_t(g.student[i]) * p.n + g.teacher[j];
+        all_a[at] = a[j * ld + i];
+        all_c[at] = varies ? A(p.scale) * products[j * ld + i] : A(0);
+      }
+  }
+
+  // From g_i, which stands where the student's rows do: p_ij = <g_i, t_j>, and dq_i = tau sum_j c_ij t_j
+  template <class S>
+  void attend_back(const Group& g, const S* const* s, const S* const* t, int64_t r, int64_t position, bool varies) {
+    const int m = g.m, n = g.n;
+    const int64_t ld = lanes(m);
+    dots(m, n, Operands<A, S>{group_s, t, s}, width, sums, ahead);
+    add_lanes(m, n, sums, products, ld);
+    for (int i = 0; i < m; ++i) {
+      h[g.student[i]] = group_s[i];
+      const A* attention = attention_row(g.student[i], r);
+      for (int j = 0; j < n; ++j) a[j * ld + i] = attention[g.teacher[j]];
+    }
+    if (p.query != nullptr) {
+      for (int i = 0; i < m; ++i) {
+        group_q[i] = own_q + g.student[i] * pitch;
+        gather_row(p.query[g.student[i]], p.student_dtype, group_q[i], position);
+      }
+    }
+    if (p.scale_grad) {
+      dots(m, n, Operands<A, S>{group_q, t}, width, sums, ahead);
+      add_lanes(m, n, sums, z, ld);
+    }
+    if (varies) differentiate_softmax(m, n);
+    if (p.teacher_grad) keep_coefficients(g, varies);
+    if (p.student_grad) write_sum(g, varies ? n : 0, t, coef, position);
+  }
+
+  // sum_j factor_ij t_j in the place of the student's gradients
+  template <class S>
+  void write_sum(const Group& g, int n, const S* const* t, const A* factor, int64_t position) {
+    for (int i = 0; i < g.m; ++i) {
+      bases[i] = spare;  // zeros
+      out[i] = student_out + g.student[i] * pitch;
+    }
+    const Combination<A, S> sum{g.m, n, bases, group_weight, t, factor, lanes(g.m), out};
+    write_combination(sum, p.student, g.student, p.student_dtype, position);
   }
 
   // The gradient rows of some layers: from the registers to memory, or by way of scratch rows where a row has to be
@@ -369,7 +416,7 @@ class RowKernel {
     if (p.attention == nullptr) return;
     for (int i = 0; i < m; ++i) {
       double entropy = 0;
-      A* attention = static_cast<A*>(p.attention) + (int64_t(g.student[i]) * p.rows + r) * p.n;
+      A* attention = attention_row(g.student[i], r);
       for (int j = 0; j < p.n; ++j) attention[j] = 0;
       for (int j = 0; j < n; ++j) {
         const double a_ij = a[j * ld + i];
@@ -461,7 +508,7 @@ class RowKernel {
       for (int i = 0; i < m; ++i) {
         const int student = g.student[i];
         rows[i] = h[student];
-        rows[m + i] = own_s + student * pitch;
+        rows[m + i] = own_q + student * pitch;
         for (int j = 0; j < n; ++j) {
           const int64_t at = int64_t(student) * p.n + g.teacher[j];
           coef[i * n + j] = -weight[student] * all_a[at];
@@ -520,16 +567,15 @@ class RowKernel {
   void skip(int64_t r) {
     for (int i = 0; i < p.m; ++i) skip_layer(p.student[i], p.student_dtype, r);
     for (int j = 0; j < p.n; ++j) skip_layer(p.teacher[j], p.teacher_dtype, r);
-    if (p.attention != nullptr)
+    if (p.attention != nullptr && p.task != Task::attend_back)
       for (int i = 0; i < p.m; ++i) zero_attention(i, r);
   }
   void skip_layer(const Layer& layer, Dtype type, int64_t r) {
     const int64_t bytes = p.seq * p.D * dtype_size(type);
     if (layer.grad != nullptr) zero_gradient(layer.grad + r * bytes, bytes);
   }
-  void zero_attention(int i, int64_t r) {
-    zero(static_cast<char*>(p.attention) + (i * p.rows + r) * p.n * sizeof(A), p.n * sizeof(A));
-  }
+  A* attention_row(int i, int64_t r) const { return static_cast<A*>(p.attention) + (i * p.rows + r) * p.n; }
+  void zero_attention(int i, int64_t r) { zero(reinterpret_cast<char*>(attention_row(i, r)), p.n * sizeof(A)); }
   // Past the caches like the other gradients, where these go past them.
   void zero_gradient(char* at, int64_t bytes) const {
     if (!p.stream) return zero(at, bytes);
