@@ -193,8 +193,8 @@ def targets(names: list[str]) -> dict[str, Any]:
 
 
 def compile_variant(variant: Variant, name: str, target: Any, index: int) -> list[Compiled]:
-    """Every kernel that the variant launches, compiled for the target."""
-    from .launch import alp
+    """Every kernel that the variant launches, forward and backward, compiled for the target."""
+    from .launch import alp, scale_gradients
 
     compiled = []
 
@@ -209,7 +209,10 @@ def compile_variant(variant: Variant, name: str, target: Any, index: int) -> lis
         compiled.append(Compiled(variant, kernel, name, report))
 
     with compiling_for(target, index, found):
-        alp(*arguments_of(variant))
+        arguments = arguments_of(variant)
+        loss, _, _, _, factor, _, d_student, d_teacher = alp(*arguments)
+        _, _, row_weights, pooling, *_ = arguments
+        scale_gradients([*d_student, *d_teacher], loss, factor, pooling, row_weights)
     return compiled
 
 
