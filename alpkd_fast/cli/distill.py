@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     require("transformers", "alpkd distill").set_seed(args.seed)
     from ..hf.students import student_from_teacher
     from ..hf.trainer import DistillationTrainer
-    from .runs import check_output, plain, train_and_report
+    from .runs import check_output, train_and_report
     from .training import load_model, load_work
 
     check_output(args)
@@ -48,4 +48,4 @@ def run(args: argparse.Namespace) -> int:
     def make_trainer(**arguments: Any) -> DistillationTrainer:
         return DistillationTrainer(student, teacher, distillation=config, **arguments)
 
-    return train_and_report(args, work, f"distill {args.task}, {args.method}", make_trainer, plain(args))
+    return train_and_report(args, work, f"distill {args.task}, {args.method}", make_trainer)

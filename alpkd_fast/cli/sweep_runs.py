@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..hf.trainer import DistillationTrainer
 from ..info import report as environment
 from .callbacks import CheckpointOnInterrupt, ProgressBar
 from .report import write_json
-from .runs import plain
+from .runs import check_settings, plain
 from .training import final_score, load_model, load_work, score, training_arguments
 
 NOT_SETTINGS = ("methods", "depths", "seeds", "output", "resamples")  # these may change from call to call
@@ -34,8 +33,8 @@ class Sweep:
 
     def __init__(self, args: argparse.Namespace, layers: str | list[int]) -> None:
         self.args, self.layers, self.output = args, layers, Path(args.output)
-        settings = {name: value for name, value in plain(args).items() if name not in NOT_SETTINGS}
-        self._check_settings(settings)
+        settings = plain(args, without=NOT_SETTINGS)
+        check_settings(self.output / "sweep.json", settings)
         self.work = load_work(args, args.teacher)
         self.teacher = load_model(args.teacher, self.work.task, new_head=False)
         for depth in args.depths:
@@ -45,18 +44,6 @@ class Sweep:
         for number, row in enumerate(self.work.train):
             row[ROW_COLUMN] = number
         self._begin(settings)
-
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        path = self.output / "sweep.json"
-        if not path.exists():
-            return
-        known = json.loads(path.read_text())["settings"]
-        for name, value in settings.items():
-            if known.get(name) != value:
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: {self.output} was begun with {known.get(name)!r}, got {value!r}; use "
-                    "the same value to go on, or another --output"
-                )
 
     def _begin(self, settings: dict[str, Any]) -> None:
         (self.output / "runs").mkdir(parents=True, exist_ok=True)

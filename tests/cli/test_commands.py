@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,20 +105,53 @@ def test_resume_without_a_checkpoint(folder, teacher, tmp_path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
+def interrupt_at(step, monkeypatch):
+    """Ctrl-C in that training step, counted over all runs."""
+    calls = []
+    training_step = Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+
+
+def test_resume_refuses_other_settings(folder, teacher, tmp_path, monkeypatch, capsys):
+    common = ["--epochs", "1", "--train-rows", "64"]
+    distill = ["distill", *options(folder, teacher, tmp_path / "student", "--depth", "2", *common)]
+    finetune = ["finetune", *options(folder, folder / "model", tmp_path / "tuned", *common)]
+    finetune[finetune.index("--teacher")] = "--model"
+    for argv, changes in (
+        (distill, [["--method", "pkd-last"], ["--epochs", "2"], ["--seed", "9"], ["--layers", "first"]]),
+        (finetune, [["--learning-rate", "1"]]),
+    ):
+        with monkeypatch.context() as patch:
+            interrupt_at(2, patch)
+            assert main(argv) == 130
+        output = Path(argv[argv.index("--output") + 1])
+        for name, value in changes:
+            assert main([*argv, name, value, "--resume"]) == 2
+            message = capsys.readouterr().err
+            assert f"{name}: {output / 'checkpoints'} was begun with" in message
+            assert "use the same value to go on, or another --output" in message
+        # What does not change the result may differ, and the remedy of the message works.
+        output.rename(output.with_name("moved"))
+        argv[argv.index("--output") + 1] = str(output.with_name("moved"))
+        assert main([*argv, "--save-steps", "3", "--resume"]) == 0
+        result = json.loads((output.with_name("moved") / "metrics.json").read_text())
+        assert (result["steps"], result["settings"]["epochs"]) == (4, 1)
+        assert not (output.with_name("moved") / "checkpoints").exists()
+        output.with_name("moved").rename(output)
+
+
 def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, capsys):
     methods = ["kd", "alp", "alp:scale=1,pooling=mean"]
     argv = ["sweep", *options(folder, teacher, tmp_path / "out", "--epochs", "1"), "--methods", *methods]
     argv += ["--depths", "1", "2", "--seeds", "0", "1", "--resamples", "50"]
-    calls = []
-    training_step = Trainer.training_step
-
-    def interrupted_in_the_second_run(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 15:
-            signal.raise_signal(signal.SIGINT)
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", interrupted_in_the_second_run)
+    interrupt_at(15, monkeypatch)  # in the second run
     assert main(argv) == 130
     runs = tmp_path / "out" / "runs"
     (done,) = runs.iterdir()
