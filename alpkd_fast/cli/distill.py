@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args)
     work = load_work(args, args.teacher)
-    teacher = load_model(args.teacher, work.task, new_head=False)
+    teacher = load_model(args.teacher, work, new_head=False)
     if args.student is not None:
         task = replace(work.task, num_labels=teacher.config.num_labels)  # the data may lack the last class
-        student = load_model(args.student, task, new_head=True)
+        student = load_model(args.student, replace(work, task=task), new_head=True)
     else:
         student = student_from_teacher(teacher, args.depth, layers, hidden_size=args.hidden_size)
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     require("transformers", "alpkd finetune").set_seed(args.seed)  # the new head
     check_output(args)
     work = load_work(args, args.model)
-    model = load_model(args.model, work.task, new_head=True)
+    model = load_model(args.model, work, new_head=True)
     from ..hf.trainer import LengthGroupedTrainer
 
     def make_trainer(**arguments: Any) -> LengthGroupedTrainer:

@@ -28,7 +28,11 @@ def with_config_file(argv: list[str]) -> list[str]:
     path = Path(found.config)
     if not path.is_file():
         raise ValueError(f"--config: there is no file {path}")
-    values = require("yaml", "--config").safe_load(path.read_text())
+    yaml = require("yaml", "--config")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is no YAML; write one 'option: value' a line: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold one 'option: value' a line, got {type(values).__name__}")
     return [rest[0], *_as_arguments(values), *rest[1:]]

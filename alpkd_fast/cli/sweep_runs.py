@@ -36,7 +36,7 @@ class Sweep:
         settings = plain(args, without=NOT_SETTINGS)
         check_settings(self.output / "sweep.json", settings)
         self.work = load_work(args, args.teacher)
-        self.teacher = load_model(args.teacher, self.work.task, new_head=False)
+        self.teacher = load_model(args.teacher, self.work, new_head=False)
         for depth in args.depths:
             if not 1 <= depth <= (deepest := self.teacher.config.num_hidden_layers):
                 raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {deepest}")

@@ -114,6 +114,14 @@ def test_config_file_with_a_wrong_name(tmp_path, capsys):
     assert "unrecognized arguments: --tasks" in capsys.readouterr().err
 
 
+def test_config_file_that_is_no_yaml(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("task: [sst2\nfoo: }")
+    assert main([*DISTILL, "--config", str(path)]) == 2
+    assert f"--config: {path} is no YAML; write one 'option: value' a line" in capsys.readouterr().err
+
+
 def run_without(modules, *argv):
     block = f"import sys; sys.modules.update(dict.fromkeys({modules}))"
     code = f"{block}\nfrom alpkd_fast.cli.main import main\nsys.exit(main())"

@@ -198,6 +198,18 @@ def test_distill_refuses_missing_folders(folder, teacher, tmp_path, capsys, monk
     assert "is neither a folder with a transformers model" in capsys.readouterr().err
 
 
+def test_rows_longer_than_the_model_s_positions(folder, teacher, tmp_path, capsys):
+    rows = sentences(32)
+    rows[7]["sentence"] = "good " * 99
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    argv = options(folder, teacher, tmp_path / "run", "--depth", "2", "--epochs", "1")
+    argv[argv.index("--data") + 1] = str(tmp_path / "data")
+    assert main(["distill", *argv]) == 2
+    assert f"a row of 101 tokens is left, {teacher} takes at most 32; pass --max-length 32" in capsys.readouterr().err
+    assert main(["distill", *argv, "--max-length", "32"]) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_is_trained_is_float32_whatever_the_file_holds(folder, teacher, tmp_path, dtype):
     for name, source in (("model", folder / "model"), ("teacher", teacher)):
