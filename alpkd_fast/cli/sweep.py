@@ -38,11 +38,13 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"--methods: got {name!r}; allowed are {', '.join(METHODS)}")
+    unused = options.HIDDEN_STATE_OPTIONS if METHODS[name].layer_map is None else ()
+    allowed = [option for option in _VARIANT_OPTIONS if option not in unused]
     changes: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         option, _, value = part.partition("=")
-        if option not in _VARIANT_OPTIONS:
-            raise ValueError(f"--methods: {text!r} sets {option!r}; allowed are {', '.join(_VARIANT_OPTIONS)}")
+        if option not in allowed:
+            raise ValueError(f"--methods: {text!r} sets {option!r}; allowed are {', '.join(allowed)}")
         try:
             changes[option] = _VARIANT_OPTIONS[option](value)
         except (KeyError, ValueError):
