@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from .sweep_report import report
     from .sweep_runs import Sweep
 
-    sweep = Sweep(args, layers)
+    sweep = Sweep(args, layers, {text: configs[text, args.seeds[0]] for text in methods})
     planned = [(text, depth, seed) for seed in args.seeds for depth in args.depths for text in methods]
     for number, (text, depth, seed) in enumerate(planned, start=1):
         title = f"[{number}/{len(planned)}] {text}, {depth} layers, seed {seed}"

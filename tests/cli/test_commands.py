@@ -176,6 +176,24 @@ def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--depths", "2", "9"], "--depths: got 9; allowed are 1 to the teacher's 4"),
+        (
+            ["--depths", "2", "1"],
+            "--methods: pkd-skip at depth 1: method 'pkd-skip' leaves the last student layer out",
+        ),
+        (["--depths", "2", "3", "--layers", "0", "1"], "3 student layers need 3 teacher layers"),
+    ],
+)
+def test_sweep_refuses_before_any_training(folder, teacher, tmp_path, more, message, capsys):
+    argv = ["sweep", *options(folder, teacher, tmp_path / "out", *more)]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
         (["--depth", "9"], "num_layers: got 9; allowed are 1 to the teacher's 4"),
         (["--depth", "1", "--method", "pkd-skip"], "leaves the last student layer out"),
         (["--text-columns", "text"], "has no column 'text'; it has sentence, label, idx"),
