@@ -112,7 +112,7 @@ BAD = {
     "scale-tensor-negative": (s(), t(), None, {"scale": torch.tensor(-0.5)}, ValueError, ["scale", "-0.5", ">= 0"]),
     "scale-tensor-nan": (s(), t(), None, {"scale": torch.tensor(NAN)}, ValueError, ["scale", "nan", "finite"]),
     "scale-tensor-shape": (s(), t(), None, {"scale": torch.ones(1)}, ValueError, ["scale", "(1,)", "reshape(())"]),
-    "scale-tensor-int": (s(), t(), None, {"scale": torch.tensor(1)}, ValueError, ["scale", "int64", "float"]),
+    "scale-tensor-int": (s(), t(), None, {"scale": torch.tensor(1)}, TypeError, ["scale", "int64", ".float()"]),
     "scale-device": (s(), t(), None, {"scale": torch.ones((), device="meta")}, ValueError,
                      ["scale", "meta", '.to("cpu")']),
     # projection
@@ -179,6 +179,21 @@ def _tensors(value):
     if torch.is_tensor(value):
         return [value]
     return [x for x in value if torch.is_tensor(x)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.complex64])
+def test_a_dtype_that_no_kernel_reads(backend, dtype):
+    ones = torch.ones(LEAD, device=backend.device)
+    student, teacher = both_sides(M, N, LEAD, D, device=backend.device)
+
+    def run(argument, value):
+        options = {} if argument == "attention_mask" else {argument: value[0, 0]}
+        return backend(student, teacher, None if options else value, **options)
+
+    for argument in ("attention_mask", "scale", "normalizer"):
+        with pytest.raises(TypeError, match=rf"^{argument}: got .*{dtype}; allowed are .*convert with \.float\(\)"):
+            run(argument, ones.to(dtype))
+        assert torch.equal(run(argument, ones.to(dtype).float()), run(argument, ones))  # the remedy
 
 
 def test_unknown_backend_lists_the_known_ones():
