@@ -144,10 +144,25 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
     except RuntimeError as error:
         # The operator checks values, and C++ can only raise RuntimeError: "function, file:line, message".
         refused = re.search(r":\d+, ((?:attention_mask|scale|normalizer) .*)", str(error))
-        if refused is None:
-            raise
-        raise ValueError(refused[1]) from None
+        if refused is not None:
+            raise ValueError(refused[1]) from None
+        _explain(error, [*layers, problem.row_weights, scale, normalizer])
+        raise
     return parts
+
+
+def _explain(error: RuntimeError, inputs: list[Any]) -> None:
+    """Raise an error with a remedy for what PyTorch refuses to hand to an operator, or return."""
+    if any(type(x).__name__ == "DTensor" for x in inputs):
+        raise TypeError(
+            "alp_loss: got a DTensor; pass x.to_local() where rows are sharded, with the sum of all ranks' row weights "
+            "as normalizer, and x.full_tensor() where columns are"
+        ) from error
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "alp_loss: the fused backends do not run under torch.func (grad, vmap, jvp, ...); call "
+            'alp_loss(..., backend="reference")'
+        ) from error
 
 
 class _FusedLoss(torch.autograd.Function):
