@@ -51,8 +51,8 @@ class ALPLoss(nn.Module):
             load a state_dict. Casts of the module leave it float32.
 
     Raises:
-        TypeError: an unknown option. ValueError: a projection without both widths, a scale that cannot be learned,
-            layer weights that are negative or not finite.
+        TypeError: an unknown option. ValueError: a projection without both widths, a scale that cannot be learned or
+            is a tensor that requires a gradient, layer weights that are negative or not finite.
     """
 
     def __init__(
@@ -72,13 +72,20 @@ class ALPLoss(nn.Module):
             raise TypeError(f"ALPLoss: unknown option {unknown[0]!r}; known options are {', '.join(_OPTIONS)}")
         if not isinstance(projection, bool) and projection not in (None, *PROJECTIONS):
             raise ValueError(f"projection: got {projection!r}; pass {', '.join(PROJECTIONS)}, True, False or None")
+        scale = options.get("scale")
+        if isinstance(scale, Tensor) and scale.requires_grad:  # as an option it would be no parameter of the module
+            raise ValueError(
+                "scale: got a tensor that requires a gradient, which no optimizer of this module would get; pass "
+                "learn_scale=True and scale as the float to start at, or a tensor to alp_loss(scale=...) in each call"
+            )
         self.options = options
         self.layer_weights: Tensor | None
         self.register_buffer("layer_weights", None)
         if options.get("layer_weights") is not None:
             self._set_layer_weights(constant_layer_weights(options["layer_weights"]))
         if projection is None:
-            projection = projections is not None or student_dim != teacher_dim
+            widths = (student_dim, teacher_dim)
+            projection = projections is not None or (None not in widths and student_dim != teacher_dim)
         self.projection = "teacher" if projection is True else projection or None
         self.proj_weight: nn.Parameter | None = None
         self.proj_bias: nn.Parameter | None = None

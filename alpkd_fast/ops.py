@@ -147,10 +147,25 @@ def fused_loss(backend: str, problem: Problem) -> tuple[Tensor, Tensor, Tensor, 
     except RuntimeError as error:
         # The operator checks values, and C++ can only raise RuntimeError: "function, file:line, message".
         refused = re.search(r":\d+, ((?:attention_mask|scale|normalizer) .*)", str(error))
-        if refused is None:
-            raise
-        raise ValueError(refused[1]) from None
+        if refused is not None:
+            raise ValueError(refused[1]) from None
+        _explain(error, [*layers, problem.row_weights, scale, normalizer])
+        raise
     return parts
+
+
+def _explain(error: RuntimeError, inputs: list[Any]) -> None:
+    """Raise an error with a remedy for what PyTorch refuses to hand to an operator, or return."""
+    if any(type(x).__name__ == "DTensor" for x in inputs):
+        raise TypeError(
+            "alp_loss: got a DTensor; pass x.to_local() where rows are sharded, with the sum of all ranks' row weights "
+            "as normalizer, and x.full_tensor() where columns are"
+        ) from error
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "alp_loss: the fused backends do not run under torch.func (grad, vmap, jvp, ...); call "
+            'alp_loss(..., backend="reference")'
+        ) from error
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -201,19 +216,20 @@ class _FusedLoss(torch.autograd.Function):
 def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tensor) -> list[Tensor]:
     """Multiply the stored gradients by the incoming gradient and the factor left out of fp16 storage.
 
-    Outside a compiled graph, and only while the graph is being freed (a kept one needs the stored tensors
-    again), they are handed over as they are where the factor is 1, and multiplied in place where it is not.
-    Where one token of a sequence is compared, the gradients of the others are zeros: no pass over them.
-    On a GPU one launch reads the factor there and ends at once if it is 1.
+    Outside a compiled graph, for a single incoming gradient, and only while the graph is being freed (a kept one
+    needs the stored tensors again), they are handed over as they are where the factor is 1, and multiplied in
+    place where it is not. Where one token of a sequence is compared, the gradients of the others are zeros: no
+    pass over them. On a GPU one launch reads the factor there and ends at once if it is 1.
     """
-    freed = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    single = not torch.compiler.is_compiling() and not _is_batched(grad_loss)
+    freed = single and not torch._C._autograd._get_current_graph_task_keep_graph()
     if freed and stored and ctx.backend in SCALING_BACKENDS:
         scale = getattr(torch.ops.alpkd_fast, f"scale_gradients_{ctx.backend}").default
         scale(stored, grad_loss, grad_factor, ctx.pooling, ctx.row_weights)
         return stored
     factor = grad_loss * grad_factor
-    has_value = factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none
-    if torch.compiler.is_compiling() or not has_value:
+    has_value = single and factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none
+    if not has_value:
         return [(g * factor).to(g.dtype) if g.dtype == factor.dtype else (g.to(factor.dtype) * factor).to(g.dtype)
                 for g in stored]  # fmt: skip
     value = factor.item()
@@ -222,6 +238,12 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
     if value != 1.0:
         _multiply(stored, value, POOLINGS[ctx.pooling], ctx.row_weights)
     return stored
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for several: under torch.vmap, or autograd.grad(..., is_grads_batched=True), the older one."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
 
 
 def _multiply(stored: list[Tensor], value: float, pooling: str, row_weights: Tensor | None) -> None:

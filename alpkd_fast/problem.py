@@ -15,6 +15,10 @@ from .layer_maps import LayerTable, parse_layer_map
 POOLINGS = ("token", "cls", "last", "mean")
 REDUCTIONS = ("mean", "sum")
 
+# What every backend reads: hidden states and scale; row weights and normalizer.
+_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_NUMBERS = _FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
 Layers = Tensor | Sequence[Tensor | None]  # one side of a call, as the caller gives it
 
 
@@ -115,7 +119,7 @@ def _layers(name: str, hidden_states: Layers) -> list[Tensor]:
         if not isinstance(h, Tensor):
             raise TypeError(f"{name}[{index}]: got {type(h).__name__}; pass tensors (..., D) or None entries only")
     first = layers[0]
-    if not first.dtype.is_floating_point or first.dtype.itemsize < 2:
+    if first.dtype not in _FLOATS:
         raise TypeError(
             f"{name}[0]: got {first.dtype}; allowed are float16, bfloat16, float32 and float64; convert with .float()"
         )
@@ -170,8 +174,11 @@ def _check_mask(mask: Tensor, lead: torch.Size, device: torch.device) -> None:
             "must be equal (no broadcasting): pass the tokenizer's (batch, sequence) mask, expanded or indexed like "
             "the hidden states"
         )
-    if mask.dtype.is_complex:
-        raise TypeError(f"attention_mask: got {mask.dtype}; pass bool, integer or non-negative real weights")
+    if mask.dtype not in _NUMBERS:
+        raise TypeError(
+            f"attention_mask: got {mask.dtype}; allowed are bool, uint8, int8 to int64 and float16 to float64; convert "
+            "with .float()"
+        )
     if mask.device != device:
         raise ValueError(
             f"attention_mask is on {mask.device}, the hidden states on {device}; "
@@ -185,10 +192,15 @@ def _scale(scale: float | Tensor | None, student: Tensor) -> float | Tensor:
     if scale is None:
         return 1.0 / math.sqrt(student.shape[-1])
     if isinstance(scale, Tensor):
-        if scale.dim() != 0 or not scale.dtype.is_floating_point:
+        if scale.dtype not in _FLOATS:
+            raise TypeError(
+                f"scale: got a tensor of {scale.dtype}; allowed are float16, bfloat16, float32 and float64; convert "
+                "with .float()"
+            )
+        if scale.dim() != 0:
             raise ValueError(
-                f"scale: a tensor must be floating-point with 0 dimensions, got {scale.dtype} of shape "
-                f"{tuple(scale.shape)}; use scale.reshape(()).float() or a Python float"
+                f"scale: a tensor must have 0 dimensions, got shape {tuple(scale.shape)}; use scale.reshape(()) or a "
+                "Python float"
             )
         if scale.device != student.device:
             raise ValueError(
@@ -228,10 +240,15 @@ def _normalizer(normalizer: float | Tensor, reduction: str, device: torch.device
     if reduction == "sum":
         raise ValueError('normalizer replaces the sum of row weights of reduction="mean"; drop it with reduction="sum"')
     if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0 or normalizer.dtype.is_complex:
+        if normalizer.dtype not in _NUMBERS:
+            raise TypeError(
+                f"normalizer: got a tensor of {normalizer.dtype}; allowed are bool, uint8, int8 to int64 and float16 "
+                "to float64; convert with .float()"
+            )
+        if normalizer.dim() != 0:
             raise ValueError(
-                f"normalizer: a tensor must be real with 0 dimensions, got {normalizer.dtype} of shape "
-                f"{tuple(normalizer.shape)}; use normalizer.sum() or a Python float"
+                f"normalizer: a tensor must have 0 dimensions, got shape {tuple(normalizer.shape)}; use "
+                "normalizer.sum() or a Python float"
             )
         if normalizer.requires_grad:
             raise ValueError("normalizer requires grad, but it is a constant; pass normalizer.detach()")

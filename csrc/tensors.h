@@ -39,7 +39,7 @@ inline WeightType weight_dtype(const Tensor& tensor) {
     case ScalarType::BFloat16: return WeightType::bf16;
     case ScalarType::Float: return WeightType::f32;
     case ScalarType::Double: return WeightType::f64;
-    default: STD_TORCH_CHECK(false, "attention_mask: this dtype is not supported; pass bool, integers or floats");
+    default: STD_TORCH_CHECK(false, "alpkd_fast: weights, scale and normalizer must be bool, u8, i8 to i64 or floats");
   }
   return WeightType::none;
 }

@@ -133,6 +133,22 @@ def test_through_what_comes_before(backend):
     torch.testing.assert_close(x.grad, want)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["freed", "kept"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("pooling", ["token", "cls", "last", "mean"])
+def test_batched_incoming_gradients_equal_a_loop(fused, pooling, dtypes, kept):
+    student, teacher = both_sides(2, 3, MASK.shape, 6, dtypes, device=fused.device)
+    inputs = [*student, *teacher, torch.tensor(0.5, device=fused.device, requires_grad=True)]
+    loss = fused(student, teacher, MASK.to(fused.device), pooling=pooling, scale=inputs[-1])
+    incoming = torch.tensor([1.0, 0.3, -2.0], dtype=loss.dtype, device=fused.device)
+    each = [torch.autograd.grad(loss, inputs, v, retain_graph=True) for v in incoming]
+    mapped = torch.vmap(lambda v: torch.autograd.grad(loss, inputs, v, retain_graph=True))(incoming)
+    together = torch.autograd.grad(loss, inputs, incoming, is_grads_batched=True, retain_graph=kept)
+    for got, other, *want in zip(together, mapped, *each, strict=True):
+        assert torch.equal(got, torch.stack(want))
+        assert torch.equal(other, got)
+
+
 def test_create_graph_alone_is_fine(backend):
     student, teacher, scale = problem(backend)
     want = torch.autograd.grad(backend(student, teacher, scale=scale), [*student, scale])

@@ -112,7 +112,7 @@ BAD = {
     "scale-tensor-negative": (s(), t(), None, {"scale": torch.tensor(-0.5)}, ValueError, ["scale", "-0.5", ">= 0"]),
     "scale-tensor-nan": (s(), t(), None, {"scale": torch.tensor(NAN)}, ValueError, ["scale", "nan", "finite"]),
     "scale-tensor-shape": (s(), t(), None, {"scale": torch.ones(1)}, ValueError, ["scale", "(1,)", "reshape(())"]),
-    "scale-tensor-int": (s(), t(), None, {"scale": torch.tensor(1)}, ValueError, ["scale", "int64", "float"]),
+    "scale-tensor-int": (s(), t(), None, {"scale": torch.tensor(1)}, TypeError, ["scale", "int64", ".float()"]),
     "scale-device": (s(), t(), None, {"scale": torch.ones((), device="meta")}, ValueError,
                      ["scale", "meta", '.to("cpu")']),
     # projection
@@ -179,6 +179,62 @@ def _tensors(value):
     if torch.is_tensor(value):
         return [value]
     return [x for x in value if torch.is_tensor(x)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.complex64])
+def test_a_dtype_that_no_kernel_reads(backend, dtype):
+    ones = torch.ones(LEAD, device=backend.device)
+    student, teacher = both_sides(M, N, LEAD, D, device=backend.device)
+
+    def run(argument, value):
+        options = {} if argument == "attention_mask" else {argument: value[0, 0]}
+        return backend(student, teacher, None if options else value, **options)
+
+    for argument in ("attention_mask", "scale", "normalizer"):
+        with pytest.raises(TypeError, match=rf"^{argument}: got .*{dtype}; allowed are .*convert with \.float\(\)"):
+            run(argument, ones.to(dtype))
+        assert torch.equal(run(argument, ones.to(dtype).float()), run(argument, ones))  # the remedy
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacrev])
+def test_torch_func_names_the_reference(fused, transform):
+    student, teacher = ([h.detach() for h in side] for side in both_sides(M, N, LEAD, D, device=fused.device))
+    with pytest.raises(
+        RuntimeError, match=r'do not run under torch\.func .*; call alp_loss\(..., backend="reference"\)'
+    ):
+        transform(lambda h: fused([h], [h]))(student[0])
+    weights = torch.rand(LEAD, device=fused.device)
+    got = torch.func.grad(lambda h: alp_loss([h, *student[1:]], teacher, weights, backend="reference"))(student[0])
+    first = student[0].requires_grad_()
+    (want,) = torch.autograd.grad(alp_loss(student, teacher, weights, backend="reference"), first)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.fixture
+def mesh():
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("which", ["all", "mask", "scale"])
+def test_dtensors_are_refused_with_a_remedy(mesh, which):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    student, teacher = s(), t()
+    want = alp_loss(student, teacher, mask())
+    options = {"scale": distribute_tensor(torch.tensor(0.5), mesh, [Replicate()])} if which == "scale" else {}
+    weights = distribute_tensor(mask(), mesh, [Shard(0)]) if which == "mask" else mask()
+    if which == "all":
+        student, teacher = (
+            [distribute_tensor(h.detach(), mesh, [Shard(0)]) for h in side] for side in (student, teacher)
+        )
+    with pytest.raises(TypeError, match=r"got a DTensor; pass x\.to_local\(\)"):
+        alp_loss(student, teacher, weights, **options)
+    if which == "all":
+        assert torch.equal(alp_loss([h.to_local() for h in student], [h.to_local() for h in teacher], mask()), want)
 
 
 def test_unknown_backend_lists_the_known_ones():

@@ -46,6 +46,28 @@ def test_projection_when_asked_and_when_not():
     assert ALPLoss(6, 9, bias=False).proj_bias is None
 
 
+def test_one_width_is_enough_to_learn_the_scale():
+    module = ALPLoss(student_dim=16, learn_scale=True)
+    assert module.proj_weight is None
+    assert module.log_scale.exp().item() == pytest.approx(0.25)
+    assert ALPLoss(teacher_dim=16).proj_weight is None
+    with pytest.raises(ValueError, match=r"starting at 1/sqrt\(D\) needs student_dim"):
+        ALPLoss(learn_scale=True)
+    with pytest.raises(ValueError, match="student_dim and teacher_dim, got 16 and None"):
+        ALPLoss(student_dim=16, projections=2)
+
+
+def test_a_scale_that_would_be_no_parameter_is_refused():
+    parameter = torch.nn.Parameter(torch.tensor(0.1))
+    for scale in (parameter, parameter.exp()):
+        with pytest.raises(ValueError, match=r"scale: got a tensor that requires a gradient, .* learn_scale=True"):
+            ALPLoss(scale=scale)
+    assert [name for name, _ in ALPLoss(scale=0.1, learn_scale=True).named_parameters()] == ["log_scale"]
+    student, teacher = problem(6, 6)
+    want = alp_loss(student, teacher, scale=0.1)
+    torch.testing.assert_close(ALPLoss(scale=parameter.detach())(student, teacher), want)
+
+
 def test_projection_starts_as_the_identity_or_orthonormal():
     square = ALPLoss(6, 6, projection=True)
     assert torch.equal(square.proj_weight, torch.eye(6))

@@ -83,15 +83,22 @@ def _named(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"layers: {type(model).__name__} has no module named {name!r}{hint}") from None
 
 
-def _blocks(model: nn.Module, final_norm: bool) -> tuple[list[tuple[str, nn.Module]], str | None]:
-    """The transformer's blocks: the one ModuleList whose length is ``config.num_hidden_layers``; and its final norm."""
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The outermost ModuleLists whose length is ``config.num_hidden_layers``, by name; the blocks where it is one."""
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f"{outer}.") for outer, _ in lists)
         if isinstance(module, nn.ModuleList) and len(module) == depth and not inside_another:
             lists.append((name, module))
-    if depth is None or len(lists) != 1:
+    return lists
+
+
+def _blocks(model: nn.Module, final_norm: bool) -> tuple[list[tuple[str, nn.Module]], str | None]:
+    """The transformer's blocks, and its final norm."""
+    lists = block_lists(model)
+    if len(lists) != 1:
+        depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
         found = ", ".join(repr(name) for name, _ in lists) or "none"
         raise ValueError(
             f"layers: cannot tell the blocks of {type(model).__name__}: its config.num_hidden_layers is {depth}, "

@@ -21,16 +21,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..hf.extras import require
-    from .runs import check_output, plain, train_and_report
+    from .runs import check_output, train_and_report
     from .training import load_model, load_work
 
     require("transformers", "alpkd finetune").set_seed(args.seed)  # the new head
     check_output(args)
     work = load_work(args, args.model)
-    model = load_model(args.model, work.task, new_head=True)
+    model = load_model(args.model, work, new_head=True)
     from ..hf.trainer import LengthGroupedTrainer
 
     def make_trainer(**arguments: Any) -> LengthGroupedTrainer:
         return LengthGroupedTrainer(model=model, **arguments)
 
-    return train_and_report(args, work, f"finetune {args.task}", make_trainer, plain(args))
+    return train_and_report(args, work, f"finetune {args.task}", make_trainer)

@@ -28,7 +28,11 @@ def with_config_file(argv: list[str]) -> list[str]:
     path = Path(found.config)
     if not path.is_file():
         raise ValueError(f"--config: there is no file {path}")
-    values = require("yaml", "--config").safe_load(path.read_text())
+    yaml = require("yaml", "--config")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is no YAML; write one 'option: value' a line: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold one 'option: value' a line, got {type(values).__name__}")
     return [rest[0], *_as_arguments(values), *rest[1:]]
@@ -138,6 +142,21 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 CONFIG_OPTIONS = tuple(name for name in DistillationConfig.__dataclass_fields__ if name not in ("method", "seed"))
+
+_OF_EVERY_METHOD = ("ce_weight", "kd_weight", "temperature", "teacher_batch_size", "backend")
+HIDDEN_STATE_OPTIONS = tuple(name for name in CONFIG_OPTIONS if name not in _OF_EVERY_METHOD)
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse what a method without a loss on hidden states would ignore."""
+    default = DistillationConfig()
+    for name in HIDDEN_STATE_OPTIONS:
+        value = getattr(args, name)
+        if METHODS[args.method].layer_map is None and value != getattr(default, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: got {value}, but method {args.method!r} uses no hidden states; leave it "
+                "out, or use another method"
+            )
 
 
 def distillation_config(args: argparse.Namespace, method: str, seed: int, **changes: Any) -> DistillationConfig:

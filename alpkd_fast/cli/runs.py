@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 INTERRUPTED = 130
+NOT_OF_THE_RESULT = ("output", "save_steps")  # a resumed run may change these
 
 
 def check_output(args: argparse.Namespace) -> str | None:
@@ -31,12 +33,25 @@ def check_output(args: argparse.Namespace) -> str | None:
     if not args.resume and (last is not None or (output / "metrics.json").exists()):
         remedy = "pass --resume to go on" if last is not None else "it is finished"
         raise ValueError(f"--output: {output} holds a run already: {remedy}, or choose another folder")
+    if args.resume:
+        check_settings(checkpoints / "settings.json", plain(args, without=NOT_OF_THE_RESULT))
     return last
 
 
-def train_and_report(
-    args: argparse.Namespace, work: Work, title: str, make_trainer: Callable[..., Trainer], settings: dict[str, Any]
-) -> int:
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse settings other than those in ``path``, if it is there: the results would be a mixture of both."""
+    if not path.exists():
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {path.parent} was begun with {begun.get(name)!r}, got {value!r}; use "
+                "the same value to go on, or another --output"
+            )
+
+
+def train_and_report(args: argparse.Namespace, work: Work, title: str, make_trainer: Callable[..., Trainer]) -> int:
     """Train, save the model, write metrics.json, curves.png and attention.png; return the exit status."""
     from rich.console import Console
     from transformers import PrinterCallback
@@ -58,6 +73,9 @@ def train_and_report(
         callbacks=[interrupt, ProgressBar(title, Console())],
     )
     trainer.remove_callback(PrinterCallback)
+    if checkpoint is None and trainer.is_world_process_zero():
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(output / "checkpoints" / "settings.json", {"settings": plain(args)})
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -82,7 +100,7 @@ def train_and_report(
             "metrics": metrics,
             "steps": trainer.state.global_step,
             "train_seconds": seconds,
-            "settings": settings,
+            "settings": plain(args),
             "environment": report(),
             "layer_attention": None if attention is None else attention.tolist(),
             "history": trainer.state.log_history,
@@ -96,6 +114,7 @@ def train_and_report(
     return 0
 
 
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON values."""
-    return {name: value for name, value in vars(args).items() if name not in ("command", "config", "resume")}
+def plain(args: argparse.Namespace, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The options as JSON values, but those ``without``."""
+    left_out = ("command", "config", "resume", *without)
+    return {name: value for name, value in vars(args).items() if name not in left_out}

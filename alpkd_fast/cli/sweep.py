@@ -38,11 +38,13 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"--methods: got {name!r}; allowed are {', '.join(METHODS)}")
+    unused = options.HIDDEN_STATE_OPTIONS if METHODS[name].layer_map is None else ()
+    allowed = [option for option in _VARIANT_OPTIONS if option not in unused]
     changes: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         option, _, value = part.partition("=")
-        if option not in _VARIANT_OPTIONS:
-            raise ValueError(f"--methods: {text!r} sets {option!r}; allowed are {', '.join(_VARIANT_OPTIONS)}")
+        if option not in allowed:
+            raise ValueError(f"--methods: {text!r} sets {option!r}; allowed are {', '.join(allowed)}")
         try:
             changes[option] = _VARIANT_OPTIONS[option](value)
         except (KeyError, ValueError):
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from .sweep_report import report
     from .sweep_runs import Sweep
 
-    sweep = Sweep(args, layers)
+    sweep = Sweep(args, layers, {text: configs[text, args.seeds[0]] for text in methods})
     planned = [(text, depth, seed) for seed in args.seeds for depth in args.depths for text in methods]
     for number, (text, depth, seed) in enumerate(planned, start=1):
         title = f"[{number}/{len(planned)}] {text}, {depth} layers, seed {seed}"

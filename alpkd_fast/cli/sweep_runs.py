@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from ..hf.config import DistillationConfig
 from ..hf.students import student_from_teacher
@@ -19,7 +18,7 @@ from ..hf.trainer import DistillationTrainer
 from ..info import report as environment
 from .callbacks import CheckpointOnInterrupt, ProgressBar
 from .report import write_json
-from .runs import plain
+from .runs import check_settings, plain
 from .training import final_score, load_model, load_work, score, training_arguments
 
 NOT_SETTINGS = ("methods", "depths", "seeds", "output", "resamples")  # these may change from call to call
@@ -29,34 +28,54 @@ class Sweep:
     """A sweep's data and teacher, and the folder of its runs.
 
     Raises:
-        ValueError: the folder was begun with other settings, or the data, teacher or depths do not fit.
+        ValueError: the folder was begun with other settings, or the data, teacher, depths or methods do not fit.
     """
 
-    def __init__(self, args: argparse.Namespace, layers: str | list[int]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, layers: str | list[int], methods: dict[str, DistillationConfig]
+    ) -> None:
         self.args, self.layers, self.output = args, layers, Path(args.output)
-        settings = {name: value for name, value in plain(args).items() if name not in NOT_SETTINGS}
-        self._check_settings(settings)
+        settings = plain(args, without=NOT_SETTINGS)
+        check_settings(self.output / "sweep.json", settings)
         self.work = load_work(args, args.teacher)
-        self.teacher = load_model(args.teacher, self.work.task, new_head=False)
+        self.teacher = load_model(args.teacher, self.work, new_head=False)
         for depth in args.depths:
             if not 1 <= depth <= (deepest := self.teacher.config.num_hidden_layers):
                 raise ValueError(f"--depths: got {depth}; allowed are 1 to the teacher's {deepest}")
         self._cache = None if self.work.task.kind == "mlm" else TeacherCache()
         for number, row in enumerate(self.work.train):
             row[ROW_COLUMN] = number
+        self._check(methods)
         self._begin(settings)
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        path = self.output / "sweep.json"
-        if not path.exists():
-            return
-        known = json.loads(path.read_text())["settings"]
-        for name, value in settings.items():
-            if known.get(name) != value:
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: {self.output} was begun with {known.get(name)!r}, got {value!r}; use "
-                    "the same value to go on, or another --output"
-                )
+    def _check(self, methods: dict[str, DistillationConfig]) -> None:
+        """Refuse a method that does not fit a depth now, not after the runs before it."""
+        with tempfile.TemporaryDirectory() as folder:
+            for depth in self.args.depths:
+                student = self._student(depth)
+                for method, config in methods.items():
+                    try:
+                        self._trainer(student, config, Path(folder), seed=0)
+                    except ValueError as error:
+                        raise ValueError(f"--methods: {method} at depth {depth}: {error}") from error
+
+    def _student(self, depth: int) -> PreTrainedModel:
+        return student_from_teacher(self.teacher, depth, self.layers, hidden_size=self.args.hidden_size)
+
+    def _trainer(
+        self, student: PreTrainedModel, config: DistillationConfig, folder: Path, seed: int, **more: Any
+    ) -> DistillationTrainer:
+        return DistillationTrainer(
+            student,
+            self.teacher,
+            distillation=config,
+            teacher_cache=None if config.pooling == "token" else self._cache,
+            args=training_arguments(self.args, folder, seed, save_steps=None),
+            train_dataset=self.work.train,
+            data_collator=self.work.collator,
+            processing_class=self.work.tokenizer,
+            **more,
+        )
 
     def _begin(self, settings: dict[str, Any]) -> None:
         (self.output / "runs").mkdir(parents=True, exist_ok=True)
@@ -74,20 +93,11 @@ class Sweep:
         if path.exists():
             return True
         set_seed(seed)
-        student = student_from_teacher(self.teacher, depth, self.layers, hidden_size=self.args.hidden_size)
+        student = self._student(depth)
         interrupt = CheckpointOnInterrupt(save=False)
         with tempfile.TemporaryDirectory() as folder:  # the Trainer wants one, but nothing is saved
-            trainer = DistillationTrainer(
-                student,
-                self.teacher,
-                distillation=config,
-                teacher_cache=None if config.pooling == "token" else self._cache,
-                args=training_arguments(self.args, Path(folder), seed, save_steps=None),
-                train_dataset=self.work.train,
-                data_collator=self.work.collator,
-                processing_class=self.work.tokenizer,
-                callbacks=[interrupt, ProgressBar(title, Console())],
-            )
+            callbacks = [interrupt, ProgressBar(title, Console())]
+            trainer = self._trainer(student, config, Path(folder), seed, callbacks=callbacks)
             trainer.remove_callback(PrinterCallback)
             started = time.perf_counter()
             try:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..hf.data import Rows, draw_rows, encode, length_order, load_rows
+from ..hf.data import draw_rows, encode, length_order, load_rows
 from ..hf.extras import require
+from ..hf.files import Rows
 from ..hf.losses import hard_loss
 from ..hf.tasks import TASKS, Task
 from .options import chosen_task
@@ -42,7 +43,7 @@ def load_work(args: argparse.Namespace, model_folder: str) -> Work:
     rows, held_out = (load_rows(args.data, task, split) for split in ("train", task.validation_split))
     if task.kind == "classification" and task.num_labels is None:
         # Of all rows: those that --train-rows leaves may lack the last class.
-        task = replace(task, num_labels=1 + max(int(row[task.label_column]) for row in (*rows, *held_out)))
+        task = replace(task, num_labels=1 + max(row[task.label_column] for row in (*rows, *held_out)))
     chosen = draw_rows(rows, args.train_rows)
     train, validation = (encode(split, task, tokenizer, args.max_length) for split in (chosen, held_out))
     if task.kind == "mlm":
@@ -57,27 +58,42 @@ def load_work(args: argparse.Namespace, model_folder: str) -> Work:
     return Work(task, tokenizer, collator, train, batches, validation)
 
 
-def load_model(folder: str, task: Task, new_head: bool) -> PreTrainedModel:
+def load_model(folder: str, work: Work, new_head: bool) -> PreTrainedModel:
     """Load a model in float32 with the task's head: a new one for fine-tuning, else the one that was trained.
 
     transformers would keep the dtype of the file: AdamW on bfloat16 weights loses small steps, and float16's
     GradScaler refuses float16 gradients. --precision is autocast's, over float32 weights.
     """
     transformers = require("transformers", "training")
+    task, masked = work.task, work.task.kind == "mlm"
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForSequenceClassification
     load: dict[str, Any] = {"dtype": torch.float32}
-    if task.kind == "mlm":
-        return _pretrained(transformers.AutoModelForMaskedLM, folder, **load)  # type: ignore[no-any-return]
-    if new_head:
+    if new_head and not masked:
         load |= {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}
-    model = _pretrained(transformers.AutoModelForSequenceClassification, folder, **load)
+    model = _pretrained(auto, folder, **load)
+    _check_positions(folder, model, work)
     needed, outputs = task.num_labels or 1, model.config.num_labels
     counted = TASKS[task.name].num_labels is None  # in the data, which may lack the teacher's last class
-    if outputs < needed or (outputs > needed and not counted):
+    if not masked and (outputs < needed or (outputs > needed and not counted)):
         raise ValueError(
             f"--teacher: {folder} has {outputs} outputs, task {task.name} needs {needed}; "
             "fine-tune it with alpkd finetune first"
         )
     return model  # type: ignore[no-any-return]
+
+
+def _check_positions(folder: str, model: PreTrainedModel, work: Work) -> None:
+    """Refuse rows that are longer than the model's positions, which would fail deep inside it."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    positions = min(positions, work.tokenizer.model_max_length)  # RoBERTa's first two take no token
+    longest = max(len(row["input_ids"]) for row in (*work.train, *work.validation))
+    if longest > positions:
+        raise ValueError(
+            f"--max-length: a row of {longest} tokens is left, {folder} takes at most {positions}; pass --max-length "
+            f"{positions}"
+        )
 
 
 def _pretrained(auto: Any, folder: str, **options: Any) -> Any:

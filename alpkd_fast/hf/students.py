@@ -6,14 +6,18 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..capture.blocks import block_lists
 from ..layer_maps import make_layer_map
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CHOICES = ("skip", "first", "last")
+_BY_HAND = (
+    "build the student by hand: type(teacher)(CONFIG) with a smaller CONFIG, and its load_state_dict for what it shares"
+)
 
 
 def student_from_teacher(
@@ -41,11 +45,18 @@ def student_from_teacher(
         A model of the teacher's class, on the teacher's device and in its dtype, in training mode.
 
     Raises:
-        ValueError: a number of layers, a choice or a width that is not allowed.
+        ValueError: a number of layers, a choice or a width that is not allowed; an encoder-decoder, or another model
+            whose blocks cannot be told.
 
     A ModernBERT layer that becomes the first one loses its ``attn_norm``, as that architecture has none there.
     """
     config = teacher.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"teacher: {type(teacher).__name__} is an encoder-decoder, of which num_layers would shorten one side; "
+            f"{_BY_HAND}"
+        )
+    blocks = _blocks_of(teacher)
     picks = _picks(layers, num_layers, config.num_hidden_layers)
     student_config = copy.deepcopy(config)
     student_config.num_hidden_layers = num_layers
@@ -59,8 +70,14 @@ def student_from_teacher(
             raise ValueError(f"config_changes: {type(config).__name__} has no value {name!r}")
         setattr(student_config, name, value)
     student: Any = type(teacher)(student_config)
+    depth = len(student.get_submodule(blocks))
+    if depth != num_layers:  # BartForCausalLM's num_hidden_layers is that of an encoder it does not have
+        raise ValueError(
+            f"teacher: config.num_hidden_layers = {num_layers} gives a {type(teacher).__name__} of {depth} layers; "
+            f"{_BY_HAND}"
+        )
     if not fresh:
-        _copy_layers(teacher, student, picks)
+        _copy_layers(teacher, student, blocks, picks)
     placed: PreTrainedModel = student.to(device=teacher.device, dtype=teacher.dtype).train()
     return placed
 
@@ -103,18 +120,20 @@ def _narrow(config: PretrainedConfig, width: int) -> None:
     config.hidden_size = width
 
 
-def find_layers(model: nn.Module, count: int) -> str:
-    """Return the name of the outermost ``nn.ModuleList`` of ``count`` blocks."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return str(name)
-    raise ValueError(
-        f"teacher: {type(model).__name__} holds no nn.ModuleList of {count} layers; build the student by hand"
-    )
+def _blocks_of(teacher: PreTrainedModel) -> str:
+    """Return the name of the ``nn.ModuleList`` of the teacher's blocks."""
+    lists = block_lists(teacher)
+    if len(lists) != 1:
+        found = ", ".join(repr(name) for name, _ in lists) or "none"
+        raise ValueError(
+            f"teacher: cannot tell the blocks of {type(teacher).__name__}: its config.num_hidden_layers is "
+            f"{teacher.config.num_hidden_layers}, module lists of that length: {found}; {_BY_HAND}"
+        )
+    return lists[0][0]
 
 
-def _copy_layers(teacher: PreTrainedModel, student: PreTrainedModel, picks: list[int]) -> None:
-    prefix = find_layers(teacher, teacher.config.num_hidden_layers) + "."
+def _copy_layers(teacher: PreTrainedModel, student: PreTrainedModel, blocks: str, picks: list[int]) -> None:
+    prefix = f"{blocks}."
     own = student.state_dict()
     state: dict[str, Tensor] = {}
     for key, tensor in teacher.state_dict().items():

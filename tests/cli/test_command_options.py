@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from alpkd_fast.cli import distill
 from alpkd_fast.cli.main import main, make_parser
 from alpkd_fast.cli.options import distillation_config, with_config_file
 
@@ -44,6 +45,17 @@ def test_the_parser_refuses(argv, message, capsys):
         ([*DISTILL, "--method", "uniform", "--scale", "1"], "method 'uniform' fixes it to 0"),
         ([*DISTILL, "--layers", "even"], "allowed are skip, first, last or indices"),
         ([*DISTILL, "--config", "missing.yaml"], "--config: there is no file missing.yaml"),
+        ([*DISTILL, "--student", "s", "--depth", "4"], "--depth: --student s has its own layers; leave one of"),
+        ([*DISTILL, "--student", "s", "--layers", "skip"], "--layers: --student s has its own layers"),
+        ([*DISTILL, "--student", "s", "--hidden-size", "8"], "--hidden-size: --student s has its own layers"),
+        ([*DISTILL, "--method", "kd", "--pooling", "cls"], "--pooling: got cls, but method 'kd' uses no hidden states"),
+        ([*DISTILL, "--method", "kd", "--alp-weight", "9"], "--alp-weight: got 9.0, but method 'kd'"),
+        ([*DISTILL, "--method", "kd", "--layer-map", "skip"], "--layer-map: got skip, but method 'kd'"),
+        ([*DISTILL, "--method", "kd", "--no-projection-bias"], "--projection-bias: got False, but method 'kd'"),
+        (
+            ["sweep", *DISTILL[1:], "--methods", "kd:pooling=mean"],
+            "'kd:pooling=mean' sets 'pooling'; allowed are temperature, ce_weight, kd_weight",
+        ),
         (["sweep", *DISTILL[1:], "--methods", "pkd"], "--methods: got 'pkd'; allowed are kd"),
         (["sweep", *DISTILL[1:], "--methods", "alp:tau=1"], "sets 'tau'; allowed are scale"),
         (["sweep", *DISTILL[1:], "--methods", "alp:scale=big"], "scale the value 'big'"),
@@ -105,6 +117,15 @@ def test_options_reach_the_configuration(tmp_path):
     assert (config.teacher_batch_size, config.pooling) == (4, "mean")
 
 
+def test_a_student_made_from_the_teacher_has_its_options_recorded():
+    args = make_parser().parse_args(DISTILL)
+    distill.complete(args)
+    assert (args.depth, args.layers, args.hidden_size) == (4, ["skip"], None)
+    args = make_parser().parse_args([*DISTILL, "--student", "s"])
+    distill.complete(args)
+    assert (args.depth, args.layers, args.hidden_size) == (None, None, None)
+
+
 def test_config_file_with_a_wrong_name(tmp_path, capsys):
     pytest.importorskip("yaml")
     path = tmp_path / "run.yaml"
@@ -112,6 +133,14 @@ def test_config_file_with_a_wrong_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*DISTILL, "--config", str(path)])
     assert "unrecognized arguments: --tasks" in capsys.readouterr().err
+
+
+def test_config_file_that_is_no_yaml(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text("task: [sst2\nfoo: }")
+    assert main([*DISTILL, "--config", str(path)]) == 2
+    assert f"--config: {path} is no YAML; write one 'option: value' a line" in capsys.readouterr().err
 
 
 def run_without(modules, *argv):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,20 +105,53 @@ def test_resume_without_a_checkpoint(folder, teacher, tmp_path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
+def interrupt_at(step, monkeypatch):
+    """Ctrl-C in that training step, counted over all runs."""
+    calls = []
+    training_step = Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+
+
+def test_resume_refuses_other_settings(folder, teacher, tmp_path, monkeypatch, capsys):
+    common = ["--epochs", "1", "--train-rows", "64"]
+    distill = ["distill", *options(folder, teacher, tmp_path / "student", "--depth", "2", *common)]
+    finetune = ["finetune", *options(folder, folder / "model", tmp_path / "tuned", *common)]
+    finetune[finetune.index("--teacher")] = "--model"
+    for argv, changes in (
+        (distill, [["--method", "pkd-last"], ["--epochs", "2"], ["--seed", "9"], ["--layers", "first"]]),
+        (finetune, [["--learning-rate", "1"]]),
+    ):
+        with monkeypatch.context() as patch:
+            interrupt_at(2, patch)
+            assert main(argv) == 130
+        output = Path(argv[argv.index("--output") + 1])
+        for name, value in changes:
+            assert main([*argv, name, value, "--resume"]) == 2
+            message = capsys.readouterr().err
+            assert f"{name}: {output / 'checkpoints'} was begun with" in message
+            assert "use the same value to go on, or another --output" in message
+        # What does not change the result may differ, and the remedy of the message works.
+        output.rename(output.with_name("moved"))
+        argv[argv.index("--output") + 1] = str(output.with_name("moved"))
+        assert main([*argv, "--save-steps", "3", "--resume"]) == 0
+        result = json.loads((output.with_name("moved") / "metrics.json").read_text())
+        assert (result["steps"], result["settings"]["epochs"]) == (4, 1)
+        assert not (output.with_name("moved") / "checkpoints").exists()
+        output.with_name("moved").rename(output)
+
+
 def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, capsys):
     methods = ["kd", "alp", "alp:scale=1,pooling=mean"]
     argv = ["sweep", *options(folder, teacher, tmp_path / "out", "--epochs", "1"), "--methods", *methods]
     argv += ["--depths", "1", "2", "--seeds", "0", "1", "--resamples", "50"]
-    calls = []
-    training_step = Trainer.training_step
-
-    def interrupted_in_the_second_run(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 15:
-            signal.raise_signal(signal.SIGINT)
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", interrupted_in_the_second_run)
+    interrupt_at(15, monkeypatch)  # in the second run
     assert main(argv) == 130
     runs = tmp_path / "out" / "runs"
     (done,) = runs.iterdir()
@@ -137,6 +171,24 @@ def test_sweep_goes_on_after_ctrl_c(folder, teacher, tmp_path, monkeypatch, caps
         assert (row["interval"] is None) == (row["method"] == "kd")
     assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == 2 + 6
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--depths", "2", "9"], "--depths: got 9; allowed are 1 to the teacher's 4"),
+        (
+            ["--depths", "2", "1"],
+            "--methods: pkd-skip at depth 1: method 'pkd-skip' leaves the last student layer out",
+        ),
+        (["--depths", "2", "3", "--layers", "0", "1"], "3 student layers need 3 teacher layers"),
+    ],
+)
+def test_sweep_refuses_before_any_training(folder, teacher, tmp_path, more, message, capsys):
+    argv = ["sweep", *options(folder, teacher, tmp_path / "out", *more)]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -162,6 +214,18 @@ def test_distill_refuses_missing_folders(folder, teacher, tmp_path, capsys, monk
     assert "has no train with one of .jsonl" in capsys.readouterr().err
     assert main(["distill", *options(folder, tmp_path / "nothing", tmp_path / "run")]) == 2
     assert "is neither a folder with a transformers model" in capsys.readouterr().err
+
+
+def test_rows_longer_than_the_model_s_positions(folder, teacher, tmp_path, capsys):
+    rows = sentences(32)
+    rows[7]["sentence"] = "good " * 99
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    argv = options(folder, teacher, tmp_path / "run", "--depth", "2", "--epochs", "1")
+    argv[argv.index("--data") + 1] = str(tmp_path / "data")
+    assert main(["distill", *argv]) == 2
+    assert f"a row of 101 tokens is left, {teacher} takes at most 32; pass --max-length 32" in capsys.readouterr().err
+    assert main(["distill", *argv, "--max-length", "32"]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -61,6 +62,97 @@ def test_refuses_what_is_not_there(tmp_path):
         load_rows(str(tmp_path), TASKS["mrpc"], "train")
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(suffix, tmp_path):
+    write(tmp_path, suffix)
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [row["sentence"] for row in load_rows(str(tmp_path), SST2, "train")] == [row["sentence"] for row in ROWS]
+
+
+def test_quotation_marks_in_a_tsv_are_text(tmp_path):
+    texts = ['"good film', "fine", 'a "bad" plot', '"', '"sad"', "it is"]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
+    assert [row["sentence"] for row in load_rows(str(tmp_path), SST2, "train")] == texts
+
+
+def test_quoted_cells_of_a_csv(tmp_path):
+    (tmp_path / "train.csv").write_text('sentence,label\n"good, ""very"" good\nfilm",1\n\n"bad",0\n')
+    texts = [row["sentence"] for row in load_rows(str(tmp_path), SST2, "train")]
+    assert texts == ['good, "very" good\nfilm', "bad"]
+
+
+@pytest.mark.parametrize("label", [1, 1.0, "1", "1.0", True])
+def test_whole_labels_of_every_form(label, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"sentence": "good", "label": label}])
+    (row,) = load_rows(str(tmp_path), SST2, "train")
+    assert (row["label"], type(row["label"])) == (1, int)
+
+
+CLASSES = "allowed are whole numbers from 0 to 1: number the classes"
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("label", 0.7, f"got 0.7; {CLASSES}"),
+        ("label", "pos", f"got 'pos'; {CLASSES}"),
+        ("label", None, f"got None; {CLASSES}"),
+        ("label", -1, f"got -1; {CLASSES}"),
+        ("label", 2, f"got 2; {CLASSES}"),
+        ("label", "nan", f"got 'nan'; {CLASSES}"),
+        ("sentence", None, "got None; allowed is text: fill it in"),
+        ("sentence", ["good"], "got ['good']; allowed is text"),
+    ],
+)
+def test_refuses_a_cell_and_says_where_it_is(column, cell, message, tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, [*ROWS[:3], {**ROWS[3], column: cell}, *ROWS[4:]])
+    with pytest.raises(ValueError, match=re.escape(f"data: {path}, row 4, column {column!r}: {message}")):
+        load_rows(str(tmp_path), SST2, "train")
+
+
+@pytest.mark.parametrize("score", ["high", "inf", None])
+def test_refuses_a_score_that_is_no_finite_number(score, tmp_path):
+    row = {"sentence1": "good", "sentence2": "bad", "label": score}
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    with pytest.raises(ValueError, match=rf"row 1, column 'label': got {score!r}; allowed are finite numbers"):
+        load_rows(str(tmp_path), TASKS["stsb"], "train")
+
+
+def test_refuses_a_row_without_the_column(tmp_path):
+    rows = [dict(row) for row in ROWS]
+    del rows[3]["sentence"]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    message = r"train\.jsonl, row 4 has no column 'sentence'; it has label, idx; --text-columns"
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path), SST2, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "train.json",
+            b'[\n{"sentence": "good", "label": 1}\n]\n',
+            "line 1: got '['; each line must be one JSON object",
+        ),
+        ("train.jsonl", b'{"sentence": "good", "label": 1}\n["bad", 0]\n', "line 2: got '[\"bad\", 0]'"),
+        ("train.csv", b"sentence,label\ngood,1\nbad, very bad,0\n", "row 2: 3 cells, the header has 2; quote"),
+        ("train.csv", b"sentence,label\ngood,1\nbad\n", "row 2: 1 cells, the header has 2; quote"),
+        ("train.csv", b'sentence,label\n"good,1\nbad,0\n"fine,1\n', "row 1: ',' expected after '\"'; quote a cell"),
+        ("train.csv", b'sentence,label\ngood,1\n"bad,0\n', "row 2: unexpected end of data; quote a cell"),
+        ("train.tsv", b"sentence\tlabel\ngood\t1\nbad\tplot\t0\n", "row 2: 3 cells, the header has 2; a cell that"),
+        ("train.csv", b"sentence,label\ncaf\xe9,1\n", "is not in UTF-8 (invalid continuation byte); convert it"),
+    ],
+)
+def test_refuses_a_file_and_says_where(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        load_rows(str(tmp_path), SST2, "train")
+    assert f"data: {tmp_path / name}" in str(raised.value)
+
+
 def test_local_jsonl_needs_no_datasets(tmp_path):
     write(tmp_path, ".jsonl")
     code = (
@@ -72,8 +164,9 @@ def test_local_jsonl_needs_no_datasets(tmp_path):
     assert done.stdout.strip() == "30", done.stderr
 
 
-def test_two_sentences_and_regression():
-    rows = [{"sentence1": "good film", "sentence2": "bad plot", "label": "2.5"}]
+def test_two_sentences_and_regression(tmp_path):
+    (tmp_path / "train.csv").write_text("sentence1,sentence2,label\ngood film,bad plot,2.5\n")
+    rows = load_rows(str(tmp_path), TASKS["stsb"], "train")
     (row,) = encode(rows, TASKS["stsb"], make_tokenizer(), 32)
     assert row["labels"] == 2.5
     assert row["input_ids"].count(3) == 2  # a separator after each sentence

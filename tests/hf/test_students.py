@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import CONFIGS, LAYERS, make_batch, make_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+)
 
+from alpkd_fast.capture.blocks import block_lists
 from alpkd_fast.hf import student_from_teacher
-from alpkd_fast.hf.students import find_layers
 
+BART = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 50}
 DECODERS = ("gpt2", "llama")
 
 
@@ -18,7 +25,7 @@ def make_teacher(name):
 
 
 def layer_state(model, index):
-    prefix = f"{find_layers(model, model.config.num_hidden_layers)}.{index}."
+    prefix = f"{block_lists(model)[0][0]}.{index}."
     return {key.removeprefix(prefix): value for key, value in model.state_dict().items() if key.startswith(prefix)}
 
 
@@ -32,7 +39,7 @@ def test_copies_the_layers_and_all_the_rest(name, layers, picks):
         source = layer_state(teacher, j)
         for key, value in layer_state(student, i).items():
             assert key not in source or torch.equal(value, source[key]), (i, key)
-    prefix = find_layers(student, 2)
+    prefix = block_lists(student)[0][0]
     outside = {key for key in student.state_dict() if not key.startswith(prefix + ".")}
     assert outside == {key for key in teacher.state_dict() if not key.startswith(prefix + ".")}
     for key in outside:
@@ -82,3 +89,27 @@ def test_modernbert_keeps_the_kind_of_each_layer():
 def test_refuses(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         student_from_teacher(make_teacher("bert"), *arguments, **options)
+
+
+@pytest.mark.parametrize("depths", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("hidden_size", [None, 8])
+def test_refuses_an_encoder_decoder(depths, hidden_size):
+    config = BartConfig(encoder_layers=depths[0], decoder_layers=depths[1], **BART)
+    message = "BartForConditionalGeneration is an encoder-decoder, of which num_layers would shorten one side; build"
+    with pytest.raises(ValueError, match=message):
+        student_from_teacher(BartForConditionalGeneration(config), 2, hidden_size=hidden_size)
+
+
+def test_refuses_a_model_whose_depth_stands_elsewhere():
+    teacher = BartForCausalLM(BartConfig(encoder_layers=4, decoder_layers=4, **BART))
+    with pytest.raises(ValueError, match="num_hidden_layers = 2 gives a BartForCausalLM of 4 layers; build"):
+        student_from_teacher(teacher, 2)
+
+
+def test_the_student_built_by_hand():
+    """As the message says."""
+    teacher = BartForConditionalGeneration(BartConfig(encoder_layers=4, decoder_layers=4, **BART))
+    student = type(teacher)(BartConfig(encoder_layers=2, decoder_layers=2, **BART))
+    shared = {key: value for key, value in teacher.state_dict().items() if key in student.state_dict()}
+    student.load_state_dict(shared)
+    assert torch.equal(student.model.decoder.layers[1].fc1.weight, teacher.model.decoder.layers[1].fc1.weight)
