@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import layer_attention_cpu
 from .layer_maps import LayerTable, allowed_on_device
-from .ops import forbid_second_derivative
+from .ops import forbid_second_derivative, is_batched
 
 Layers = list[Tensor] | tuple[Tensor, ...]
 
@@ -68,7 +68,8 @@ class _LayerAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale, counted, attention, *layers = ctx.saved_tensors
         wants_scale, *wanted = ctx.needs_input_grad[5:]
-        attend_back = layer_attention_cpu.attend_back if ctx.has_operators else _attend_back
+        in_operator = ctx.has_operators and (torch.compiler.is_compiling() or not any(map(is_batched, grads)))
+        attend_back = layer_attention_cpu.attend_back if in_operator else _attend_back
         d_queries, d_teacher, d_scale = attend_back(
             grads[:-1], layers[: ctx.m], layers[ctx.m :], attention, counted, ctx.table,
             ctx.scale if scale is None else scale, ctx.detach_attention, wanted[: ctx.m], wanted[ctx.m :], wants_scale,

@@ -221,7 +221,7 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
     place where it is not. Where one token of a sequence is compared, the gradients of the others are zeros: no
     pass over them. On a GPU one launch reads the factor there and ends at once if it is 1.
     """
-    single = not torch.compiler.is_compiling() and not _is_batched(grad_loss)
+    single = not torch.compiler.is_compiling() and not is_batched(grad_loss)
     freed = single and not torch._C._autograd._get_current_graph_task_keep_graph()
     if freed and stored and ctx.backend in SCALING_BACKENDS:
         scale = getattr(torch.ops.alpkd_fast, f"scale_gradients_{ctx.backend}").default
@@ -240,7 +240,7 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
     return stored
 
 
-def _is_batched(gradient: Tensor) -> bool:
+def is_batched(gradient: Tensor) -> bool:
     """Whether it stands for several: under torch.vmap, or autograd.grad(..., is_grads_batched=True), the older one."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)

@@ -195,3 +195,16 @@ def test_a_teacher_that_ran_under_inference_mode(backend, pooling, masked):
     backend(student, [t.clone() for t in teacher], mask, **phi, pooling=pooling).backward()
     for x, d in zip((*student, *phi.values()), want, strict=True):
         assert torch.equal(x.grad, d)
+
+
+@pytest.mark.parametrize("layer_map", ["all", [(0, 2), (1,)]], ids=str)
+def test_batched_incoming_gradients(backend, layer_map):
+    student, teacher, phi = problem(backend, "f64-f64")
+    scale = torch.tensor(0.4, dtype=torch.float64, device=backend.device, requires_grad=True)
+    wanted = [*student, *teacher, *phi.values(), scale]
+    loss = backend(student, teacher, **phi, layer_map=layer_map, scale=scale)
+    incoming = torch.tensor([0.5, -2.0], dtype=torch.float64, device=backend.device)
+    want = [torch.autograd.grad(loss, wanted, g, retain_graph=True) for g in incoming]
+    got = torch.autograd.grad(loss, wanted, incoming, is_grads_batched=True)
+    for batched, *single in zip(got, *want, strict=True):
+        torch.testing.assert_close(batched, torch.stack(single), rtol=1e-12, atol=1e-14)
