@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import enable_full_determinism, set_seed, unwrap_peft_model
+from transformers.trainer_utils import enable_full_determinism, set_seed
 
 from ..api import ALPOutput
 from ..capture import HiddenStates
@@ -21,6 +21,7 @@ from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
+from .heads import model_class, predicts_tokens
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
@@ -135,7 +136,8 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"model: its config.problem_type is {kind!r} with {outputs} outputs; allowed are classification into "
                 f"one class, and regression with one output. {OTHER_TASKS}"
             )
-        self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
+        self._predicts_tokens = predicts_tokens(student)
+        self.pooling = options.pooling or ("token" if self._predicts_tokens else "cls")
         if self._teacher_cache is not None and self.pooling == "token":
             raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
         student._modules.pop(LOSS_NAME, None)  # of an earlier run, else optimised and saved with this one
@@ -205,8 +207,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         """Labels aligned with the logits, or None; and which targets count."""
         labels = batch.get("labels")
         if labels is None:
-            tokens = self.model.get_output_embeddings() is not None
-            return None, mask != 0 if tokens else torch.ones_like(mask[:, 0], dtype=torch.bool)
+            return None, mask != 0 if self._predicts_tokens else torch.ones_like(mask[:, 0], dtype=torch.bool)
         if self._loss_shifts_labels:  # position s predicts label s + 1
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return labels, target_mask(labels)
@@ -236,12 +237,18 @@ class DistillationTrainer(LengthGroupedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _check_decoder_inputs(self, inputs: Inputs) -> None:
-        """The labels, from which an encoder-decoder would make them, are kept from the models."""
-        generates = self.model.config.is_encoder_decoder and self.model.get_output_embeddings() is not None
-        if generates and "labels" in inputs and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+        """An encoder-decoder's tokens are counted by its labels, and those are kept from the models, which would make
+        the decoder's inputs of them."""
+        if not (self.model.config.is_encoder_decoder and self.model.get_output_embeddings() is not None):
+            return
+        missing = [] if "labels" in inputs else ["labels"]
+        if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+            missing.append("decoder_input_ids")
+        if missing:
             raise ValueError(
-                f"decoder_input_ids: got none for {type(self.model).__name__}, which reads them beside the labels; the "
-                "batch must hold them, as with data_collator=DataCollatorForSeq2Seq(tokenizer, model=student)"
+                f"{missing[0]}: got none for {type(self.model).__name__}; its batches must hold labels, -100 where no "
+                "token counts, and decoder_input_ids; data_collator=DataCollatorForSeq2Seq(tokenizer, model=student) "
+                "makes both of rows that have labels"
             )
 
     def _teacher_outputs(self, inputs: Inputs) -> Outputs:
@@ -322,6 +329,11 @@ class DistillationTrainer(LengthGroupedTrainer):
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         if labels is not None and options.uses_logits:
             check_labels(logits, labels, smoothing)
+        if labels is None and counted.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"model: {model_class(self.model).__name__} gives logits {tuple(logits.shape)} for a batch without "
+                f"labels; allowed are {tuple(counted.shape)} with one dimension more, of the classes. {OTHER_TASKS}"
+            )
         if logits.dim() == 3:  # (B, S, V): only labelled tokens are worth a softmax over the vocabulary
             logits, teacher_logits = logits[counted], teacher_logits[counted]
             labels = None if labels is None else labels[counted]
@@ -424,8 +436,7 @@ def _attention_mask(inputs: Inputs) -> Tensor:
 
 def _inputs_of(model: nn.Module) -> list[str]:
     """What the model itself takes: forwards of PEFT and torch.compile pass on more than they name."""
-    base = unwrap_peft_model(unwrap(model)[0])  # type: ignore[no-untyped-call]
-    return list(inspect.signature(type(base).forward).parameters)  # the instance's may be wrapped for autocast
+    return list(inspect.signature(model_class(model).forward).parameters)  # the instance's may be wrapped for autocast
 
 
 def _accepted(inputs: Inputs, names: list[str]) -> Inputs:

@@ -246,7 +246,7 @@ def test_compiled_models_follow_the_epochs(tmp_path):
 
 def test_masked_language_model(tmp_path):
     teacher = masked_lm(seed=1)
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    rows = unlabelled()
     collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.3)
     trainer = make_trainer(
         tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, collator=collator, method="alp",
@@ -302,11 +302,37 @@ def test_regression(tmp_path):
 
 
 def test_without_labels(tmp_path):
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    rows = unlabelled()
     trainer = make_trainer(tmp_path, rows=rows, method="alp", ce_weight=0.0, arguments={"max_steps": 2})
     trainer.train()
     with pytest.raises(ValueError, match="ce_weight is above 0, but the batch has no labels"):
         make_trainer(tmp_path, rows=rows, method="alp", arguments={"max_steps": 1}).train()
+
+
+def unlabelled(rows=ROWS):
+    return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+
+
+def test_without_labels_every_token_of_a_token_classifier_counts(tmp_path):
+    """As many rows as tokens a row: the rows are not taken for the tokens."""
+    teacher, student = (
+        make_model("bert", "ForTokenClassification", seed=seed, num_labels=5, initializer_range=0.5) for seed in (1, 2)
+    )
+    mask = torch.arange(8)[None] < torch.tensor([4, 8] * 4)[:, None]
+    batch = {"input_ids": torch.arange(3, 67).view(8, 8) % 50, "attention_mask": mask.long()}
+    losses = []
+    for labels in ({}, {"labels": mask.long() - 1 + 99 * (mask.long() - 1)}):  # 0, and -100 for padding
+        trainer = make_trainer(tmp_path, student, teacher, method="kd", ce_weight=0.0, kd_weight=1.0)
+        losses.append(trainer.compute_loss(student.train(), {**batch, **labels}))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_without_labels_logits_of_another_shape_are_refused(tmp_path):
+    """ELECTRA's discriminator gives one number per token, which is no row's softmax."""
+    teacher, student = (make_model("electra", "ForPreTraining", seed=seed) for seed in (1, 2))
+    trainer = make_trainer(tmp_path, student, teacher, ce_weight=0.0)
+    with pytest.raises(ValueError, match=r"ElectraForPreTraining gives logits \(8, \d+\) for a batch without labels"):
+        trainer.compute_loss(student.train(), dict(trainer.data_collator(unlabelled(ROWS[:8]))))
 
 
 @pytest.mark.parametrize(
@@ -548,6 +574,8 @@ def test_encoder_decoders_need_the_decoders_inputs(tmp_path):
     )
     with pytest.raises(ValueError, match=r"decoder_input_ids: got none .*DataCollatorForSeq2Seq"):
         bare.compute_loss(student.train(), dict(collators[0](rows)))
+    with pytest.raises(ValueError, match=r"labels: got none for BartForConditionalGeneration; .* hold labels"):
+        full.compute_loss(student.train(), {k: v for k, v in collators[1](rows).items() if k != "labels"})
     batch = dict(collators[1](rows))
     loss = full.compute_loss(student.train(), dict(batch))
     torch.testing.assert_close(loss, 0.5 * student(**batch).loss)
