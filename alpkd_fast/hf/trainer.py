@@ -22,6 +22,7 @@ from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
 from .heads import model_class, predicts_tokens
+from .log import StepLog
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
@@ -29,6 +30,7 @@ from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
 
 LOSS_NAME = "alp_loss"  # the student's submodule that holds what the loss learns
 LOSS_FILE = "alp_loss.safetensors"
+ATTENTION = "layer_attention"
 
 
 class LengthGroupedTrainer(Trainer):
@@ -94,9 +96,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         self.teacher: Any = teacher
         self._teacher_cache = teacher_cache
         self.layer_attention: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._attention_sum: Tensor | None = None
-        self._steps_since_log = 0
+        self._log = StepLog()
         if model is not None:
             # As the Trainer does ahead of a model_init: φ's start depends on the seed, not on what was drawn before.
             args = TrainingArguments("tmp_trainer") if args is None else args
@@ -191,7 +191,7 @@ class DistillationTrainer(LengthGroupedTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Inputs], num_batches: int, device: Any) -> Any:
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        self._steps_since_log += 1
+        self._log.begin(len(batches), num_batches)
         return batches, self._global_counts(batches)
 
     def _global_counts(self, batches: list[Inputs]) -> Tensor:
@@ -343,47 +343,32 @@ class DistillationTrainer(LengthGroupedTrainer):
             if labels is None:
                 raise ValueError("ce_weight is above 0, but the batch has no labels; set ce_weight=0 to do without")
             ce = hard_loss(logits, labels, smoothing) / count
-            self._record("ce", ce)
+            self._log.add_loss("ce", ce)
             total = total + options.ce_weight * ce
         if options.kd_weight > 0:
             kd = soft_loss(logits, teacher_logits, counted, options.temperature) / count
-            self._record("kd", kd)
+            self._log.add_loss("kd", kd)
             total = total + options.kd_weight * kd
         return total
 
-    # ---- logging: sums stay on the device until a log is due ----
-
-    def _record(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    # ---- logging ----
 
     def _record_details(self, output: ALPOutput, mask: Tensor, rows: Tensor) -> None:
         share = count_rows(mask, self.pooling) / rows  # of this batch in the global one
-        self._record("alp", output.loss)
+        self._log.add_loss("alp", output.loss)
         for i, layer in enumerate(self._student_layers):
-            self._record(f"alp_layer_{layer}", output.layer_losses[i])
-            self._record(f"alp_entropy_{layer}", output.entropy[i] * share)
-        attention = output.attention.flatten(1, -2).sum(1) / rows  # (m, n)
-        self._attention_sum = attention if self._attention_sum is None else self._attention_sum + attention
+            self._log.add_loss(f"alp_layer_{layer}", output.layer_losses[i])
+            self._log.add_mean(f"alp_entropy_{layer}", output.entropy[i] * share)
+        self._log.add_mean(ATTENTION, output.attention.flatten(1, -2).sum(1) / rows)  # (m, n)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._sums and ("loss" in logs or "train_runtime" in logs):
-            means = self._drain()
+        if self._log and ("loss" in logs or "train_runtime" in logs):
+            means = self._log.means(self.accelerator.reduce)
+            self._log = StepLog()
+            self.layer_attention = means.pop(ATTENTION, None)
             if "loss" in logs:
-                logs.update(means)
+                logs.update({name: value.item() for name, value in means.items()})
         super().log(logs, start_time)
-
-    def _drain(self) -> dict[str, float]:
-        """Means over the optimizer steps since the last call, over all ranks: the only place that waits."""
-        names = list(self._sums)
-        flat = [self._sums[name].float().reshape(1) for name in names]
-        if self._attention_sum is not None:
-            flat.append(self._attention_sum.float().flatten())
-        values = self.accelerator.reduce(torch.cat(flat), "sum").cpu() / self._steps_since_log
-        if self._attention_sum is not None:
-            self.layer_attention = values[len(names) :].view(self._attention_sum.shape)
-        self._sums, self._attention_sum, self._steps_since_log = {}, None, 0
-        return dict(zip(names, values.tolist(), strict=False))
 
     # ---- checkpoints: the plain student, and what the loss learns beside it ----
 

@@ -129,6 +129,27 @@ def test_learns_and_logs_every_part_under_its_name(tmp_path):
     torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows whose number nobody knows."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+@pytest.mark.parametrize(("accumulation", "rows"), [(1, ROWS), (1, Stream()), (2, ROWS), (2, Stream())])
+def test_logs_are_means_whatever_the_data_ends_with(accumulation, rows, tmp_path):
+    """Three batches an epoch. A stream is asked for more after its end, and its last batch makes half a group."""
+    arguments = {"max_steps": 8, "logging_steps": 3, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, rows=rows, method="alp", arguments=arguments)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert log["loss"] == pytest.approx(0.5 * log["ce"] + 0.5 * log["kd"] + log["alp"], rel=1e-4)
+        assert log["alp_entropy_0"] == pytest.approx(math.log(4), rel=1e-3)  # of attention that is all but even
+    torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "token"])
 def test_bf16_autocast_is_near_fp32(pooling, tmp_path):
     logs = []
@@ -281,7 +302,7 @@ def test_decoder_with_activation_checkpointing(pooling, tmp_path):
         with torch.no_grad():
             logits = trainer.model(input_ids=batch["input_ids"]).logits
         ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        torch.testing.assert_close(trainer._sums["ce"], ce)
+        torch.testing.assert_close(trainer._log._sums["ce"], ce)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
