@@ -108,6 +108,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported; start one process per GPU: "
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
+        self._check_optimizer()
         self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         self.teacher.eval().requires_grad_(False)
         self._student_inputs = _inputs_of(self.model)
@@ -120,6 +121,20 @@ class DistillationTrainer(LengthGroupedTrainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         return self._attach(super().call_model_init(trial))
+
+    def _check_optimizer(self) -> None:
+        """An optimizer that was made ahead of the trainer cannot know what the loss learns."""
+        module = getattr(self.model, LOSS_NAME, None)
+        if self.optimizer is None or module is None:
+            return
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in module.named_parameters() if id(p) not in known]
+        if missing:
+            raise ValueError(
+                f"optimizers: the optimizer that was passed does not hold what the loss learns ({', '.join(missing)}), "
+                "which the trainer makes; pass the class instead, as with "
+                'optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), or override create_optimizer in a subclass'
+            )
 
     def _attach(self, student: Any) -> Any:
         """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""

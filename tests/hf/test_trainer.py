@@ -45,6 +45,7 @@ def make_trainer(
     collator=None,
     arguments=None,
     teacher_cache=None,
+    trainer_arguments=None,
     **options,
 ):
     teacher = bert(seed=1) if teacher is None else teacher
@@ -70,6 +71,7 @@ def make_trainer(
         data_collator=collator,
         processing_class=TOKENIZER,
         callbacks=callbacks,
+        **(trainer_arguments or {}),
     )
 
 
@@ -561,6 +563,22 @@ def test_the_learned_scale_does_not_decay(tmp_path):
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert decay[id(module.log_scale)] == 0.0
     assert decay[id(module.proj_weight)] == 0.1
+
+
+def test_an_optimizer_without_the_projection_is_refused(tmp_path):
+    student = bert(2, 16)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    given = {"optimizers": (optimizer, None)}
+    with pytest.raises(ValueError, match=r"optimizers: .* \(proj_weight, proj_bias\), .*optimizer_cls_and_kwargs"):
+        make_trainer(tmp_path, student, method="alp", trainer_arguments=given)
+    make_trainer(tmp_path, student, method="kd", trainer_arguments=given)  # learns nothing of its own
+    trainer = make_trainer(
+        tmp_path, student, method="alp", arguments={"max_steps": 1},
+        trainer_arguments={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
+    )  # fmt: skip
+    before = trainer.model.alp_loss.proj_weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.alp_loss.proj_weight, before)
 
 
 def test_a_student_used_before_leaves_its_loss_behind(tmp_path):
