@@ -145,6 +145,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"model: got a student inside {type(student).__name__}; pass the student itself, and "
                 "torch_compile=True to TrainingArguments to have it compiled"
             )
+        _check_shared(student, teacher)
         kind, outputs = getattr(student.config, "problem_type", None), student.config.num_labels
         if options.uses_logits and (kind == "multi_label_classification" or (kind == "regression" and outputs > 1)):
             raise ValueError(
@@ -427,6 +428,16 @@ def count_rows(mask: Tensor, pooling: str) -> Tensor:
     if pooling == "cls":
         return mask[:, 0].sum()
     return mask.any(-1).sum()
+
+
+def _check_shared(student: nn.Module, teacher: nn.Module) -> None:
+    theirs = {id(p) for p in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in theirs]
+    if shared:
+        raise ValueError(
+            f"model: {shared[0]} and {len(shared) - 1} more of its parameters are the teacher's own, which is frozen; "
+            "give the student its own with copy.deepcopy(student), or freeze them first with requires_grad_(False)"
+        )
 
 
 def _attention_mask(inputs: Inputs) -> Tensor:

@@ -178,6 +178,18 @@ def test_teacher_is_frozen_and_unchanged(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+def test_parameters_shared_with_the_teacher_are_refused(tmp_path):
+    """They would be frozen with it."""
+    teacher, student = bert(seed=1), bert(2)
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(ValueError, match=r"model: bert\.embeddings\..* and 4 more of its parameters are the teacher's"):
+        make_trainer(tmp_path, student, teacher)
+    own = make_trainer(tmp_path, copy.deepcopy(student), teacher).model
+    assert all(p.requires_grad for p in own.parameters())
+    student.bert.embeddings.requires_grad_(False)
+    make_trainer(tmp_path, student, teacher, arguments={"max_steps": 1}).train()
+
+
 def test_evaluation_is_the_trainers_own(tmp_path):
     trainer = make_trainer(tmp_path, method="alp")
     plain = Trainer(copy.deepcopy(trainer.model), trainer.args, eval_dataset=ROWS, processing_class=TOKENIZER)
