@@ -53,7 +53,7 @@ class DistillationTrainer(LengthGroupedTrainer):
             moved to the device and prepared by Accelerate.
         distillation: the losses and their options.
         teacher_cache: reuse the teacher's outputs for rows seen before; the training data then needs a column "row"
-            of row numbers, and the pooling must not be "token".
+            of row numbers. Not for pooling "token", nor for the logits of models that predict tokens.
         **trainer_arguments: everything else that ``transformers.Trainer`` takes.
 
     Gradients do not depend on how a global batch is cut into accumulation steps and ranks: every loss is divided by
@@ -154,7 +154,12 @@ class DistillationTrainer(LengthGroupedTrainer):
             )
         self._predicts_tokens = predicts_tokens(student)
         self.pooling = options.pooling or ("token" if self._predicts_tokens else "cls")
-        if self._teacher_cache is not None and self.pooling == "token":
+        if self._teacher_cache is not None and options.uses_logits and self._predicts_tokens:
+            raise ValueError(
+                f"teacher_cache: got one, but {model_class(student).__name__} predicts tokens, whose logits are not "
+                "kept; leave it out, or set ce_weight=0 and kd_weight=0"
+            )
+        if self._teacher_cache is not None and options.uses_hidden_states and self.pooling == "token":
             raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
         student._modules.pop(LOSS_NAME, None)  # of an earlier run, else optimised and saved with this one
         if not options.uses_hidden_states:
@@ -245,7 +250,10 @@ class DistillationTrainer(LengthGroupedTrainer):
         mask = _attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
         outputs, teacher_logits, alp = self._run_models(model, inputs, mask, counts[1])
-        loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
+        if teacher_logits is None:
+            loss = _zero(outputs)
+        else:
+            loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
         if alp is not None:
             loss = loss + self.distillation.alp_weight * alp
         # Ranks average their gradients, but each holds its share of one global sum.
@@ -273,8 +281,9 @@ class DistillationTrainer(LengthGroupedTrainer):
         compute = partial(whole_outputs, self._run_teacher, inputs, batch, size)
         if self._teacher_cache is None:
             return compute()
-        kind = (self.pooling, *self._teacher_layers) if self.distillation.uses_hidden_states else None
-        return self._teacher_cache.get(kind, inputs[ROW_COLUMN], compute)
+        options = self.distillation
+        layers = (self.pooling, *self._teacher_layers) if options.uses_hidden_states else None
+        return self._teacher_cache.get((options.uses_logits, layers), inputs[ROW_COLUMN], compute)
 
     def _token_part(self, batch: int) -> int | None:
         """Sequences whose tokens of the teacher are there at a time; None for the whole batch's."""
@@ -282,20 +291,22 @@ class DistillationTrainer(LengthGroupedTrainer):
         return size if self.pooling == "token" and size is not None and size < batch else None
 
     def _run_teacher(self, inputs: Inputs) -> Outputs:
-        """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
+        """Its logits, and its pooled rows, one tensor per teacher layer that takes part; None for what is not used."""
         own = _accepted(inputs, self._teacher_inputs)
         if "use_cache" in self._teacher_inputs:  # all layers' keys and values; for the student the Trainer turns it off
             own["use_cache"] = False
+        options = self.distillation
         with torch.no_grad():
-            if not self.distillation.uses_hidden_states:
-                return self.teacher(**own).logits, None
+            if not options.uses_hidden_states:
+                return self.teacher(**own)["logits"], None
             with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:
-                return self.teacher(**own).logits, captured.take()
+                outputs = self.teacher(**own)
+                return outputs["logits"] if options.uses_logits else None, captured.take()
 
     def _run_models(
         self, model: nn.Module, inputs: Inputs, mask: Tensor, rows: Tensor
-    ) -> tuple[Inputs, Tensor, Tensor | None]:
-        """The student's outputs, the teacher's logits, and the loss on hidden states."""
+    ) -> tuple[Inputs, Tensor | None, Tensor | None]:
+        """The student's outputs, the teacher's logits, and the loss on hidden states; None for what is not used."""
         own = _accepted(inputs, self._student_inputs)
         if not self.distillation.uses_hidden_states:
             logits, _ = self._teacher_outputs(inputs)
@@ -307,7 +318,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         # loss takes each part's at once, and they are freed before the next part is run.
         size = self._token_part(len(mask))
         ahead = [self._teacher_outputs(inputs)] if size is None else []
-        teacher_logits: list[Tensor] = []
+        teacher_logits: list[Tensor | None] = []
         details: list[tuple[ALPOutput, slice]] = []
 
         def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
@@ -321,7 +332,8 @@ class DistillationTrainer(LengthGroupedTrainer):
 
             run = self._run_teacher if size is not None else lambda _: ahead.pop()
             teacher_logits.append(run_in_parts(run, inputs, len(mask), size, use))
-            return {"logits": outputs.logits, "alp": torch.stack([output.loss for output, _ in details]).sum()}
+            tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+            return {**tensors, "alp": torch.stack([output.loss for output, _ in details]).sum()}
 
         # Inside the student's own forward: there DDP sees φ used, and FSDP has it gathered.
         with (
@@ -343,7 +355,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "both need the same outputs and the same tokens"
             )
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        if labels is not None and options.uses_logits:
+        if labels is not None:
             check_labels(logits, labels, smoothing)
         if labels is None and counted.shape != logits.shape[:-1]:
             raise ValueError(
@@ -453,6 +465,12 @@ def _inputs_of(model: nn.Module) -> list[str]:
 def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
     """The inputs that a model takes, without the labels: the losses are computed here."""
     return {name: value for name, value in inputs.items() if name in names and name != "labels"}
+
+
+def _zero(outputs: Inputs) -> Tensor:
+    """0 with a graph from every output: the ranks need the head's gradient even where no loss reads its output."""
+    first, *others = (o.sum() for o in outputs.values() if isinstance(o, Tensor) and o.requires_grad)
+    return sum(others, first) * 0.0
 
 
 def _chosen(name: str, layers: list[int] | None, count: int) -> list[int]:

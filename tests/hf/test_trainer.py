@@ -450,6 +450,21 @@ def test_teacher_cache_refuses_every_token(tmp_path):
         make_trainer(tmp_path, method="alp", pooling="token", teacher_cache=TeacherCache())
 
 
+@pytest.mark.parametrize("kind", ["ForTokenClassification", "ForMaskedLM"])
+def test_teacher_cache_refuses_logits_of_tokens(kind, tmp_path):
+    """They differ in length, and a masked language model's rows are masked anew each time."""
+    options = {"method": "alp", "pooling": "cls", "teacher_cache": TeacherCache()}
+    teacher, student = (make_model("bert", kind, seed=seed) for seed in (1, 2))
+    with pytest.raises(ValueError, match=f"teacher_cache: got one, but Bert{kind} predicts tokens, whose logits are not"):
+        make_trainer(tmp_path, student, teacher, **options)
+    rows = [{**row, "row": number} for number, row in enumerate(unlabelled())]
+    trainer = make_trainer(tmp_path, student, teacher, rows=rows, ce_weight=0.0, kd_weight=0.0, **options)
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert len(calls) == 3  # batches of the first of two epochs
+
+
 def segments():
     """Like ROWS, with the second half of each row in segment 1."""
     return [
