@@ -21,7 +21,7 @@ from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
-from .heads import model_class, predicts_tokens
+from .heads import check_model, model_class, predicts_tokens
 from .log import StepLog
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
@@ -48,9 +48,11 @@ class DistillationTrainer(LengthGroupedTrainer):
     """Trains a student on labels, on a teacher's logits and on its hidden states.
 
     Args:
-        model: the student, any transformers model with a head.
+        model: the student, a transformers model of text whose head gives logits: sequence and token classification,
+            masked and causal language models; multiple choice and encoder-decoders with method "kd". With
+            ``ce_weight=0`` and ``kd_weight=0`` any head, or none.
         teacher: a model that takes the same tokens and gives logits of the same shape. It is frozen, set to eval,
-            moved to the device and prepared by Accelerate.
+            and moved to the device.
         distillation: the losses and their options.
         teacher_cache: reuse the teacher's outputs for rows seen before; the training data then needs a column "row"
             of row numbers. Not for pooling "token", nor for the logits of models that predict tokens.
@@ -145,6 +147,8 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"model: got a student inside {type(student).__name__}; pass the student itself, and "
                 "torch_compile=True to TrainingArguments to have it compiled"
             )
+        check_model("model", student, options)
+        check_model("teacher", teacher, options)
         _check_shared(student, teacher)
         kind, outputs = getattr(student.config, "problem_type", None), student.config.num_labels
         if options.uses_logits and (kind == "multi_label_classification" or (kind == "regression" and outputs > 1)):
@@ -454,6 +458,11 @@ def _check_shared(student: nn.Module, teacher: nn.Module) -> None:
 
 def _attention_mask(inputs: Inputs) -> Tensor:
     mask: Tensor | None = inputs.get("attention_mask")
+    if mask is None and "input_ids" not in inputs:
+        raise ValueError(
+            f"attention_mask: the batch has neither it nor input_ids, but {', '.join(inputs)}; rows of inputs_embeds "
+            "need an attention_mask, 1 for each token that counts"
+        )
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
 
 
@@ -464,7 +473,10 @@ def _inputs_of(model: nn.Module) -> list[str]:
 
 def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
     """The inputs that a model takes, without the labels: the losses are computed here."""
-    return {name: value for name, value in inputs.items() if name in names and name != "labels"}
+    own = {name: value for name, value in inputs.items() if name in names and name != "labels"}
+    if "return_dict" in names or "kwargs" in names:  # outputs are read by name, whatever the model's config says
+        own["return_dict"] = True
+    return own
 
 
 def _zero(outputs: Inputs) -> Tensor:

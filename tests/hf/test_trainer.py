@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import bert, make_tokenizer, masked_lm, sentences
+from tiny import bert, bert_config, make_tokenizer, masked_lm, sentences
 from tiny_models import make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -363,11 +363,12 @@ def test_without_labels_every_token_of_a_token_classifier_counts(tmp_path):
 
 
 def test_without_labels_logits_of_another_shape_are_refused(tmp_path):
-    """ELECTRA's discriminator gives one number per token, which is no row's softmax."""
-    teacher, student = (make_model("electra", "ForPreTraining", seed=seed) for seed in (1, 2))
-    trainer = make_trainer(tmp_path, student, teacher, ce_weight=0.0)
-    with pytest.raises(ValueError, match=r"ElectraForPreTraining gives logits \(8, \d+\) for a batch without labels"):
-        trainer.compute_loss(student.train(), dict(trainer.data_collator(unlabelled(ROWS[:8]))))
+    """Of a model that does not say what it predicts."""
+    trainer = make_trainer(tmp_path, ce_weight=0.0)
+    trainer.model.register_forward_hook(lambda module, args, output: output | {"logits": torch.zeros(8, 5, 2)})
+    trainer.teacher.register_forward_hook(lambda module, args, output: output | {"logits": torch.zeros(8, 5, 2)})
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification gives logits \(8, 5, 2\) for a batch without"):
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(unlabelled(ROWS[:8]))))
 
 
 @pytest.mark.parametrize(
@@ -390,6 +391,70 @@ def test_refuses_a_teacher_of_other_outputs(tmp_path):
     trainer = make_trainer(tmp_path, teacher=bert(seed=1), student=bert(2, num_labels=3), method="kd")
     with pytest.raises(ValueError, match="both need the same outputs"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("BertForQuestionAnswering", {"method": "kd"}, "gives no logits .* set ce_weight=0 and kd_weight=0"),
+        ("LlamaForQuestionAnswering", {}, "gives no logits"),
+        ("BertForPreTraining", {}, "gives no logits"),
+        ("ElectraForPreTraining", {}, "gives no logits of classes"),
+        ("BertModel", {}, "gives no logits"),
+        ("BertForMultipleChoice", {}, 'reads .rows, choices, tokens.*use method="kd"'),
+        ("ViTForImageClassification", {}, "reads pixel_values; allowed are models that read input_ids"),
+    ],
+)
+def test_refuses_models_that_the_losses_cannot_read(model, options, message, tmp_path):
+    config = getattr(transformers, model).config_class(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
+    with pytest.raises(ValueError, match=f"model: {model} {message}"):
+        make_trainer(tmp_path, getattr(transformers, model)(config), bert(seed=1), **options)
+    with pytest.raises(ValueError, match=f"teacher: {model} {message}"):
+        make_trainer(tmp_path, bert(2), getattr(transformers, model)(config), **options)
+
+
+@pytest.mark.parametrize("kind", ["ForQuestionAnswering", "ForPreTraining", "Model"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_hidden_states_need_no_logits(kind, return_dict, tmp_path):
+    """The loss is alp_loss alone, and every parameter has a gradient, as in the other ranks."""
+    config = bert_config(return_dict=return_dict)
+    teacher, student = (getattr(transformers, f"Bert{kind}")(config) for _ in range(2))
+    trainer = make_trainer(tmp_path, student, teacher, ce_weight=0.0, kd_weight=0.0, method="alp", pooling="mean")
+    batch = dict(trainer.data_collator(unlabelled(ROWS[:8])))
+    loss = trainer.compute_loss(student.train(), dict(batch))
+    ours, theirs = (m(**batch, output_hidden_states=True, return_dict=True).hidden_states for m in (student, teacher))
+    expected = alp_loss(ours[1:], theirs[1:], batch["attention_mask"], pooling="mean", backend="reference")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert [name for name, p in student.named_parameters() if p.grad is None] == []
+
+
+def test_outputs_as_tuples_train_too(tmp_path):
+    losses = []
+    for return_dict in (True, False):
+        teacher, student = bert(seed=1, return_dict=return_dict), bert(2, seed=2, return_dict=return_dict)
+        trainer = make_trainer(tmp_path, student, teacher, method="alp")
+        losses.append(trainer.compute_loss(student.train(), dict(trainer.data_collator(ROWS[:8]))))
+    assert losses[0] == losses[1]
+
+
+def test_multiple_choice_with_kd(tmp_path):
+    teacher, student = (make_model("bert", "ForMultipleChoice", seed=seed) for seed in (1, 2))
+    trainer = make_trainer(tmp_path, student, teacher, method="kd", ce_weight=1.0, kd_weight=0.0)
+    ids = torch.arange(3, 51).view(4, 3, 4) % 50
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
+    torch.testing.assert_close(trainer.compute_loss(student.train(), dict(batch)), student.eval()(**batch).loss)
+
+
+def test_embeddings_for_tokens_need_a_mask(tmp_path):
+    trainer = make_trainer(tmp_path, bert(2), bert(seed=1), method="alp")
+    batch = {"inputs_embeds": torch.randn(2, 5, 32), "labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=r"attention_mask: the batch has neither .* but inputs_embeds, labels"):
+        trainer.compute_loss(trainer.model.train(), dict(batch))
+    batch["attention_mask"] = torch.ones(2, 5, dtype=torch.int64)
+    assert trainer.compute_loss(trainer.model.train(), batch).isfinite()
 
 
 def test_needs_a_teacher(tmp_path):
@@ -455,7 +520,7 @@ def test_teacher_cache_refuses_logits_of_tokens(kind, tmp_path):
     """They differ in length, and a masked language model's rows are masked anew each time."""
     options = {"method": "alp", "pooling": "cls", "teacher_cache": TeacherCache()}
     teacher, student = (make_model("bert", kind, seed=seed) for seed in (1, 2))
-    with pytest.raises(ValueError, match=f"teacher_cache: got one, but Bert{kind} predicts tokens, whose logits are not"):
+    with pytest.raises(ValueError, match=f"teacher_cache: got one, but Bert{kind} predicts tokens, whose"):
         make_trainer(tmp_path, student, teacher, **options)
     rows = [{**row, "row": number} for number, row in enumerate(unlabelled())]
     trainer = make_trainer(tmp_path, student, teacher, rows=rows, ce_weight=0.0, kd_weight=0.0, **options)
@@ -645,6 +710,12 @@ def test_encoder_decoders_need_the_decoders_inputs(tmp_path):
     batch = dict(collators[1](rows))
     loss = full.compute_loss(student.train(), dict(batch))
     torch.testing.assert_close(loss, 0.5 * student(**batch).loss)
+
+
+def test_hidden_states_of_an_encoder_decoder_are_refused(tmp_path):
+    """Of unequal depths one side would be taken, whichever has the number of config.num_hidden_layers."""
+    with pytest.raises(ValueError, match=r'model: BartForConditionalGeneration has hidden .*use method="kd"'):
+        make_trainer(tmp_path, make_seq2seq(decoder_layers=1), make_seq2seq(), method="alp")
 
 
 def test_classification_by_an_encoder_decoder_needs_none(tmp_path):
