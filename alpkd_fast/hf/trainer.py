@@ -94,6 +94,11 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "compute_loss_func: got a function; the training loss is the one that DistillationConfig describes; "
                 "leave it out and set ce_weight, kd_weight and alp_weight, or override compute_loss in a subclass"
             )
+        if distillation is not None and not isinstance(distillation, DistillationConfig):
+            raise TypeError(
+                f"distillation: got {type(distillation).__name__}; pass DistillationConfig(**options), "
+                "which takes the same names"
+            )
         self.distillation = distillation or DistillationConfig()
         self.teacher: Any = teacher
         self._teacher_cache = teacher_cache
@@ -111,8 +116,11 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
         self._check_optimizer()
-        self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         self.teacher.eval().requires_grad_(False)
+        if not self.accelerator.verify_device_map(teacher):  # else it lies on several devices
+            self.teacher.to(self.args.device)
+        if self.args.torch_compile and unwrap(teacher)[0] is teacher:
+            self.teacher = torch.compile(teacher, **self.accelerator.state.dynamo_plugin.to_kwargs())
         self._student_inputs = _inputs_of(self.model)
         self._teacher_inputs = _inputs_of(teacher)
 
@@ -300,7 +308,8 @@ class DistillationTrainer(LengthGroupedTrainer):
         if "use_cache" in self._teacher_inputs:  # all layers' keys and values; for the student the Trainer turns it off
             own["use_cache"] = False
         options = self.distillation
-        with torch.no_grad():
+        # Not prepared by Accelerate, which would wrap the forward of the caller's teacher anew for each trainer.
+        with torch.no_grad(), self.accelerator.autocast():
             if not options.uses_hidden_states:
                 return self.teacher(**own)["logits"], None
             with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:

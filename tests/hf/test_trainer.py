@@ -178,6 +178,32 @@ def test_teacher_is_frozen_and_unchanged(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_mixed_precision_leaves_the_callers_teacher_as_it_is(compiler, tmp_path):
+    """The trainer's runs in bf16; the caller's stays in float32, however many trainers have used it."""
+    torch._dynamo.reset()
+    teacher = bert(seed=1)
+    given = teacher if compiler is None else torch.compile(teacher, backend=compiler)
+    ids = torch.tensor([[2, 5, 3]])
+    expected = teacher.eval()(ids).logits
+    seen = []
+    teacher.classifier.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, bert(2, 16), given, arguments={"bf16": True, "max_steps": 1})
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(ROWS[:8])))
+        assert torch.equal(teacher(ids).logits, expected)
+    assert seen == [torch.bfloat16, torch.float32] * 2
+    assert "forward" not in vars(teacher)
+
+
+def test_needs_a_config(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    options = {"method": "alp"}
+    with pytest.raises(TypeError, match=r"distillation: got dict; pass DistillationConfig\(\*\*options\)"):
+        DistillationTrainer(bert(2), bert(), arguments, distillation=options)
+    DistillationTrainer(bert(2), bert(), arguments, distillation=DistillationConfig(**options))
+
+
 def test_parameters_shared_with_the_teacher_are_refused(tmp_path):
     """They would be frozen with it."""
     teacher, student = bert(seed=1), bert(2)
