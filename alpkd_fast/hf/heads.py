@@ -6,6 +6,10 @@ import inspect
 from typing import Any, get_args
 
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils.generic import ModelOutput
 
@@ -26,6 +30,15 @@ def model_class(model: Any) -> type[nn.Module]:
 def predicts_tokens(model: Any) -> bool:
     """Whether the model gives one output per token, and not one per sequence."""
     return model.get_output_embeddings() is not None or model_class(model).__name__.endswith(_OF_TOKENS)
+
+
+def default_pooling(model: Any) -> str:
+    """The rows of the loss on hidden states: those that the head reads."""
+    if predicts_tokens(model):
+        return "token"
+    kind = model.config.model_type
+    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "last" if decodes or model.config.is_decoder else "cls"  # a decoder's first token sees itself alone
 
 
 def check_model(name: str, model: Any, options: DistillationConfig) -> None:

@@ -21,7 +21,7 @@ from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
 from .data import LengthGroupedSampler
-from .heads import check_model, model_class, predicts_tokens
+from .heads import check_model, default_pooling, model_class, predicts_tokens
 from .log import StepLog
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
@@ -116,11 +116,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
         self._check_optimizer()
-        self.teacher.eval().requires_grad_(False)
-        if not self.accelerator.verify_device_map(teacher):  # else it lies on several devices
-            self.teacher.to(self.args.device)
-        if self.args.torch_compile and unwrap(teacher)[0] is teacher:
-            self.teacher = torch.compile(teacher, **self.accelerator.state.dynamo_plugin.to_kwargs())
+        self.teacher = self._frozen(teacher)
         self._student_inputs = _inputs_of(self.model)
         self._teacher_inputs = _inputs_of(teacher)
 
@@ -131,6 +127,15 @@ class DistillationTrainer(LengthGroupedTrainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         return self._attach(super().call_model_init(trial))
+
+    def _frozen(self, teacher: Any) -> Any:
+        """Not prepared by Accelerate, which would wrap the forward of the caller's teacher anew for each trainer."""
+        teacher.eval().requires_grad_(False)
+        if not self.accelerator.verify_device_map(teacher):  # else it lies on several devices
+            teacher.to(self.args.device)
+        if self.args.torch_compile and unwrap(teacher)[0] is teacher:
+            return torch.compile(teacher, **self.accelerator.state.dynamo_plugin.to_kwargs())
+        return teacher
 
     def _check_optimizer(self) -> None:
         """An optimizer that was made ahead of the trainer cannot know what the loss learns."""
@@ -165,7 +170,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"one class, and regression with one output. {OTHER_TASKS}"
             )
         self._predicts_tokens = predicts_tokens(student)
-        self.pooling = options.pooling or ("token" if self._predicts_tokens else "cls")
+        self.pooling = options.pooling or default_pooling(student)
         if self._teacher_cache is not None and options.uses_logits and self._predicts_tokens:
             raise ValueError(
                 f"teacher_cache: got one, but {model_class(student).__name__} predicts tokens, whose logits are not "
@@ -308,7 +313,6 @@ class DistillationTrainer(LengthGroupedTrainer):
         if "use_cache" in self._teacher_inputs:  # all layers' keys and values; for the student the Trainer turns it off
             own["use_cache"] = False
         options = self.distillation
-        # Not prepared by Accelerate, which would wrap the forward of the caller's teacher anew for each trainer.
         with torch.no_grad(), self.accelerator.autocast():
             if not options.uses_hidden_states:
                 return self.teacher(**own)["logits"], None

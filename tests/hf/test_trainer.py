@@ -131,6 +131,23 @@ def test_learns_and_logs_every_part_under_its_name(tmp_path):
     torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kind", "pooling"),
+    [
+        ("bert", "ForSequenceClassification", "cls"),
+        ("bert", "ForTokenClassification", "token"),
+        ("bert", "ForMaskedLM", "token"),
+        ("llama", "ForSequenceClassification", "last"),
+        ("gpt2", "ForSequenceClassification", "last"),
+        ("llama", "ForTokenClassification", "token"),
+        ("llama", "ForCausalLM", "token"),
+    ],
+)
+def test_default_pooling_takes_the_rows_that_the_head_reads(architecture, kind, pooling, tmp_path):
+    teacher, student = (make_model(architecture, kind, seed=seed) for seed in (1, 2))
+    assert make_trainer(tmp_path, student, teacher).pooling == pooling
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Rows whose number nobody knows."""
 
