@@ -36,9 +36,12 @@ def default_pooling(model: Any) -> str:
     """The rows of the loss on hidden states: those that the head reads."""
     if predicts_tokens(model):
         return "token"
-    kind = model.config.model_type
-    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "last" if decodes or model.config.is_decoder else "cls"  # a decoder's first token sees itself alone
+    config = model.config
+    decodes = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    decodes = decodes and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # as BERT is in both
+    if decodes or getattr(config, "is_decoder", False):
+        return "last"  # its first token sees itself alone
+    return "cls"
 
 
 def check_model(name: str, model: Any, options: DistillationConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
 
 from ..api import ALPOutput
@@ -20,28 +20,17 @@ from ..capture import HiddenStates
 from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
-from .data import LengthGroupedSampler
 from .heads import check_model, default_pooling, model_class, predicts_tokens
 from .log import StepLog
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
+from .sampling import LengthGroupedTrainer
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
 from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
 
 LOSS_NAME = "alp_loss"  # the student's submodule that holds what the loss learns
 LOSS_FILE = "alp_loss.safetensors"
 ATTENTION = "layer_attention"
-
-
-class LengthGroupedTrainer(Trainer):
-    """A Trainer whose ``train_sampling_strategy="group_by_length"`` resumes exactly."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, list):
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(row["input_ids"]) for row in data]
-        return LengthGroupedSampler(lengths, self._train_batch_size, self.args.seed)
 
 
 class DistillationTrainer(LengthGroupedTrainer):

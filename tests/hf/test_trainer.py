@@ -135,6 +135,7 @@ def test_learns_and_logs_every_part_under_its_name(tmp_path):
     ("architecture", "kind", "pooling"),
     [
         ("bert", "ForSequenceClassification", "cls"),
+        ("distilbert", "ForSequenceClassification", "cls"),
         ("bert", "ForTokenClassification", "token"),
         ("bert", "ForMaskedLM", "token"),
         ("llama", "ForSequenceClassification", "last"),
