@@ -68,6 +68,17 @@ def check_model(name: str, model: Any, options: DistillationConfig) -> None:
         )
 
 
+def check_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse parameters to be trained that freezing the teacher would freeze."""
+    theirs = {id(p) for p in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in theirs]
+    if shared:
+        raise ValueError(
+            f"model: {shared[0]} and {len(shared) - 1} more of its parameters are the teacher's own, which is frozen; "
+            "give the student its own with copy.deepcopy(student), or freeze them first with requires_grad_(False)"
+        )
+
+
 def _gives_logits(model: Any) -> bool:
     """What its forward says that it returns; a model that does not say is taken to have logits of classes."""
     # ELECTRA's discriminator has one number per token; Llama's head for answers does not say what it returns.

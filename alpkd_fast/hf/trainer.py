@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,8 @@ from ..capture import HiddenStates
 from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
-from .heads import check_model, default_pooling, model_class, predicts_tokens
+from .heads import check_model, check_shared, default_pooling, model_class, predicts_tokens
+from .inputs import accepted, attention_mask, check_decoder_inputs, count_rows, input_names
 from .log import StepLog
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
@@ -58,7 +58,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         layer_attention: (m, n) mean attention of the last logged interval, or None before.
 
     Raises:
-        ValueError: models that do not fit each other or the options; the message says which and the remedy.
+        ValueError, TypeError: models that do not fit each other or the options; the message says which and the remedy.
     """
 
     model: Any  # transformers allows None
@@ -106,8 +106,8 @@ class DistillationTrainer(LengthGroupedTrainer):
             )
         self._check_optimizer()
         self.teacher = self._frozen(teacher)
-        self._student_inputs = _inputs_of(self.model)
-        self._teacher_inputs = _inputs_of(teacher)
+        self._student_inputs = input_names(self.model)
+        self._teacher_inputs = input_names(teacher)
 
     @property
     def attended_layers(self) -> list[int]:
@@ -151,7 +151,7 @@ class DistillationTrainer(LengthGroupedTrainer):
             )
         check_model("model", student, options)
         check_model("teacher", teacher, options)
-        _check_shared(student, teacher)
+        check_shared(student, teacher)
         kind, outputs = getattr(student.config, "problem_type", None), student.config.num_labels
         if options.uses_logits and (kind == "multi_label_classification" or (kind == "regression" and outputs > 1)):
             raise ValueError(
@@ -225,7 +225,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         """(2,) labelled targets, and rows of the loss on hidden states, over these batches on all ranks."""
         counts = torch.zeros(2, device=self.args.device)
         for batch in batches:
-            mask = _attention_mask(batch)
+            mask = attention_mask(batch)
             counts += torch.stack([self._targets(batch, mask)[1].sum(), count_rows(mask, self.pooling)]).to(counts)
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp_min(1.0)
@@ -251,9 +251,9 @@ class DistillationTrainer(LengthGroupedTrainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_decoder_inputs(inputs)
+        check_decoder_inputs(self.model, inputs)
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
-        mask = _attention_mask(inputs)
+        mask = attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
         outputs, teacher_logits, alp = self._run_models(model, inputs, mask, counts[1])
         if teacher_logits is None:
@@ -266,24 +266,9 @@ class DistillationTrainer(LengthGroupedTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _check_decoder_inputs(self, inputs: Inputs) -> None:
-        """An encoder-decoder's tokens are counted by its labels, and those are kept from the models, which would make
-        the decoder's inputs of them."""
-        if not (self.model.config.is_encoder_decoder and self.model.get_output_embeddings() is not None):
-            return
-        missing = [] if "labels" in inputs else ["labels"]
-        if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
-            missing.append("decoder_input_ids")
-        if missing:
-            raise ValueError(
-                f"{missing[0]}: got none for {type(self.model).__name__}; its batches must hold labels, -100 where no "
-                "token counts, and decoder_input_ids; data_collator=DataCollatorForSeq2Seq(tokenizer, model=student) "
-                "makes both of rows that have labels"
-            )
-
     def _teacher_outputs(self, inputs: Inputs) -> Outputs:
         """Of the whole batch, from the cache where there is one."""
-        batch, size = len(_attention_mask(inputs)), self.distillation.teacher_batch_size
+        batch, size = len(attention_mask(inputs)), self.distillation.teacher_batch_size
         compute = partial(whole_outputs, self._run_teacher, inputs, batch, size)
         if self._teacher_cache is None:
             return compute()
@@ -298,7 +283,7 @@ class DistillationTrainer(LengthGroupedTrainer):
 
     def _run_teacher(self, inputs: Inputs) -> Outputs:
         """Its logits, and its pooled rows, one tensor per teacher layer that takes part; None for what is not used."""
-        own = _accepted(inputs, self._teacher_inputs)
+        own = accepted(inputs, self._teacher_inputs)
         if "use_cache" in self._teacher_inputs:  # all layers' keys and values; for the student the Trainer turns it off
             own["use_cache"] = False
         options = self.distillation
@@ -313,7 +298,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         self, model: nn.Module, inputs: Inputs, mask: Tensor, rows: Tensor
     ) -> tuple[Inputs, Tensor | None, Tensor | None]:
         """The student's outputs, the teacher's logits, and the loss on hidden states; None for what is not used."""
-        own = _accepted(inputs, self._student_inputs)
+        own = accepted(inputs, self._student_inputs)
         if not self.distillation.uses_hidden_states:
             logits, _ = self._teacher_outputs(inputs)
             return model(**own), logits, None
@@ -437,48 +422,6 @@ class DistillationTrainer(LengthGroupedTrainer):
             super()._set_signature_columns_if_needed()
             columns = self._signature_columns or []
             columns += [name for name in (*self._teacher_inputs, ROW_COLUMN) if name not in columns]
-
-
-def count_rows(mask: Tensor, pooling: str) -> Tensor:
-    """The 0-dim number of rows that count after pooling a mask (B, S), as :func:`alpkd_fast.alp_loss` counts them."""
-    if pooling == "token":
-        return mask.sum()
-    if pooling == "cls":
-        return mask[:, 0].sum()
-    return mask.any(-1).sum()
-
-
-def _check_shared(student: nn.Module, teacher: nn.Module) -> None:
-    theirs = {id(p) for p in teacher.parameters()}
-    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in theirs]
-    if shared:
-        raise ValueError(
-            f"model: {shared[0]} and {len(shared) - 1} more of its parameters are the teacher's own, which is frozen; "
-            "give the student its own with copy.deepcopy(student), or freeze them first with requires_grad_(False)"
-        )
-
-
-def _attention_mask(inputs: Inputs) -> Tensor:
-    mask: Tensor | None = inputs.get("attention_mask")
-    if mask is None and "input_ids" not in inputs:
-        raise ValueError(
-            f"attention_mask: the batch has neither it nor input_ids, but {', '.join(inputs)}; rows of inputs_embeds "
-            "need an attention_mask, 1 for each token that counts"
-        )
-    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
-
-
-def _inputs_of(model: nn.Module) -> list[str]:
-    """What the model itself takes: forwards of PEFT and torch.compile pass on more than they name."""
-    return list(inspect.signature(model_class(model).forward).parameters)  # the instance's may be wrapped for autocast
-
-
-def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
-    """The inputs that a model takes, without the labels: the losses are computed here."""
-    own = {name: value for name, value in inputs.items() if name in names and name != "labels"}
-    if "return_dict" in names or "kwargs" in names:  # outputs are read by name, whatever the model's config says
-        own["return_dict"] = True
-    return own
 
 
 def _zero(outputs: Inputs) -> Tensor:

@@ -475,6 +475,18 @@ def test_hidden_states_need_no_logits(kind, return_dict, tmp_path):
     assert [name for name, p in student.named_parameters() if p.grad is None] == []
 
 
+def test_answers_are_kept_from_the_models(tmp_path):
+    """As labels are: a loss that nobody asked for would be NaN here, where every answer was cut off."""
+    teacher, student = (make_model("bert", "ForQuestionAnswering", seed=seed) for seed in (1, 2))
+    trainer = make_trainer(tmp_path, student, teacher, ce_weight=0.0, kd_weight=0.0, method="alp")
+    batch = dict(trainer.data_collator(unlabelled(ROWS[:8])))
+    expected = trainer.compute_loss(student.train(), dict(batch))
+    end = torch.full((8,), batch["input_ids"].shape[1])
+    loss, outputs = trainer.compute_loss(student, {**batch, "start_positions": end, "end_positions": end}, True)
+    assert loss == expected
+    assert "loss" not in outputs
+
+
 def test_outputs_as_tuples_train_too(tmp_path):
     losses = []
     for return_dict in (True, False):
