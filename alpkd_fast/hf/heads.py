@@ -54,7 +54,8 @@ def check_model(name: str, model: Any, options: DistillationConfig) -> None:
     if options.uses_logits and not _gives_logits(model):
         raise ValueError(
             f"{name}: {kind} gives no logits of classes, which CE and KD compare; set ce_weight=0 and kd_weight=0 for "
-            "the loss on hidden states alone, or take a model with a head for classification or language modelling"
+            'the loss on hidden states alone, which all methods but "kd" have, or take a model with a head for '
+            "classification or language modelling"
         )
     if options.uses_hidden_states and model.config.is_encoder_decoder:
         raise ValueError(
