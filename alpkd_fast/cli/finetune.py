@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args)
     work = load_work(args, args.model)
     model = load_model(args.model, work, new_head=True)
-    from ..hf.trainer import LengthGroupedTrainer
+    from ..hf.sampling import LengthGroupedTrainer
 
     def make_trainer(**arguments: Any) -> LengthGroupedTrainer:
         return LengthGroupedTrainer(model=model, **arguments)

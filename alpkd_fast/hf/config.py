@@ -30,8 +30,8 @@ class DistillationConfig:
             the squared error for regression.
         alp_weight: weight of the loss on hidden states.
         temperature: divides both sides' logits in KD.
-        pooling: rows of the loss on hidden states: "cls", "mean", "last" or "token"; None for "cls", or "token"
-            where the model predicts tokens (masked or causal language models).
+        pooling: rows of the loss on hidden states: "cls", "mean", "last" or "token"; None for "token" where the
+            student predicts tokens (language models, token classification), "last" for other decoders, else "cls".
         layer_map: overrides the method's: a kind of :func:`alpkd_fast.make_layer_map`, or one list of teacher
             layers per student layer, all counted from 0.
         scale: of the attention: None for 1/sqrt(D), or a float >= 0. "uniform" fixes it to 0.

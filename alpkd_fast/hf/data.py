@@ -1,9 +1,8 @@
-"""Rows from a local folder or the hub, tokenised; batches of like length, padded to their longest row."""
+"""Rows from a local folder or the hub, tokenised."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,35 +113,3 @@ def encode(rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase, max_lengt
 def length_order(rows: Rows) -> list[int]:
     """Indices of the rows from the longest to the shortest."""
     return sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-
-
-class LengthGroupedSampler(torch.utils.data.Sampler[int]):
-    """Rows of like length beside each other, in an order that only (seed, epoch) decides.
-
-    The Trainer's own sampler draws from the global generator, so that a run resumed inside an epoch
-    would see some rows twice and others never.
-    """
-
-    POOL = 50  # batches that are sorted together: more gives less padding and less randomness
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        pool = self.batch_size * self.POOL
-        batches: list[list[int]] = []
-        for start in range(0, len(order), pool):
-            rows = sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
-            batches += [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
-        # Shuffle whole batches; a last short one must stay last, as the loader cuts every batch_size rows.
-        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        return iter([i for b in [*(batches[k] for k in shuffled), *short] for i in b])

@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 IGNORED = -100  # the label that transformers leaves out
 
 OTHER_TASKS = (
-    "For multi-label classification, or regression of several values, set ce_weight=0 and kd_weight=0 for the loss on "
-    "hidden states alone, or write the loop of docs/usage.md with your own losses"
+    "For another task, such as multi-label classification or regression of several values, set ce_weight=0 and "
+    "kd_weight=0 for the loss on hidden states alone, or write the loop of docs/usage.md with your own losses"
 )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 ROW_COLUMN = "row"  # the training data's column of row numbers
 
-Outputs = tuple[Tensor, list[Tensor] | None]  # logits (B, classes); pooled rows, one (B, D) per layer
+# Logits (B, classes); pooled rows, one (B, D) per layer. None for what is not used.
+Outputs = tuple[Tensor | None, list[Tensor] | None]
 
 
 class TeacherCache:
@@ -22,7 +23,7 @@ class TeacherCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, dict[int, tuple[Tensor, Tensor | None]]] = {}
+        self._kept: dict[Hashable, dict[int, tuple[Tensor | None, Tensor | None]]] = {}
 
     def get(self, kind: Hashable, numbers: Tensor, compute: Callable[[], Outputs]) -> Outputs:
         """Return the outputs for rows ``numbers`` (B,), on their device; ``compute`` gives those of the whole batch."""
@@ -31,13 +32,17 @@ class TeacherCache:
         if not all(i in kept for i in ids):
             logits, layers = compute()
             # The rows of all the data may be more than an accelerator holds.
-            host = logits.cpu()
+            host = None if logits is None else logits.cpu()
             stacked = None if layers is None else torch.stack(layers, dim=1).cpu()  # (B, n, D)
             for at, i in enumerate(ids):
-                kept[i] = host[at].clone(), None if stacked is None else stacked[at].clone()
+                kept[i] = _row(host, at), _row(stacked, at)
             return logits, layers
-        logits = torch.stack([kept[i][0] for i in ids]).to(numbers.device, non_blocking=True)
-        states = [state for i in ids if (state := kept[i][1]) is not None]
-        if not states:
-            return logits, None
-        return logits, list(torch.stack(states, dim=1).to(numbers.device, non_blocking=True).unbind(0))
+        rows, states = ([row for row in part if row is not None] for part in zip(*(kept[i] for i in ids), strict=True))
+        return (
+            torch.stack(rows).to(numbers.device, non_blocking=True) if rows else None,
+            list(torch.stack(states, dim=1).to(numbers.device, non_blocking=True).unbind(0)) if states else None,
+        )
+
+
+def _row(tensor: Tensor | None, at: int) -> Tensor | None:
+    return None if tensor is None else tensor[at].clone()  # a view would keep the whole batch

@@ -20,8 +20,8 @@ def run_in_parts(
     batch: int,
     size: int | None,
     use: Callable[[Rows, slice], None],
-) -> Tensor:
-    """Run the teacher on ``size`` of the ``batch`` sequences at a time; return the logits (batch, ...) of all.
+) -> Tensor | None:
+    """Run the teacher on ``size`` of the ``batch`` sequences at a time; return the logits (batch, ...) of all, or None.
 
     Args:
         run: returns the teacher's logits and rows for inputs. size: None for the whole batch.
@@ -38,10 +38,11 @@ def run_in_parts(
         logits, rows = run(_cut(inputs, part, batch))
         use(rows, part)
         del rows
+        if logits is None:
+            continue
         if whole is None:  # torch.cat after the last part would hold all logits twice
             whole = logits.new_empty(batch, *logits.shape[1:])
         whole[part] = logits
-    assert whole is not None
     return whole
 
 

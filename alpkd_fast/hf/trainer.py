@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -12,45 +11,40 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import enable_full_determinism, set_seed, unwrap_peft_model
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import enable_full_determinism, set_seed
 
 from ..api import ALPOutput
 from ..capture import HiddenStates
 from ..capture.blocks import unwrap
 from ..module import ALPLoss
 from .config import DistillationConfig
-from .data import LengthGroupedSampler
+from .heads import check_model, check_shared, default_pooling, model_class, predicts_tokens
+from .inputs import accepted, attention_mask, check_decoder_inputs, count_rows, input_names
+from .log import StepLog
 from .losses import OTHER_TASKS, check_labels, hard_loss, soft_loss, target_mask
 from .methods import epoch_layer_map
+from .sampling import LengthGroupedTrainer
 from .teacher_cache import ROW_COLUMN, Outputs, TeacherCache
 from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
 
 LOSS_NAME = "alp_loss"  # the student's submodule that holds what the loss learns
 LOSS_FILE = "alp_loss.safetensors"
-
-
-class LengthGroupedTrainer(Trainer):
-    """A Trainer whose ``train_sampling_strategy="group_by_length"`` resumes exactly."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, list):
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(row["input_ids"]) for row in data]
-        return LengthGroupedSampler(lengths, self._train_batch_size, self.args.seed)
+ATTENTION = "layer_attention"
 
 
 class DistillationTrainer(LengthGroupedTrainer):
     """Trains a student on labels, on a teacher's logits and on its hidden states.
 
     Args:
-        model: the student, any transformers model with a head.
+        model: the student, a transformers model of text whose head gives logits: sequence and token classification,
+            masked and causal language models; multiple choice and encoder-decoders with method "kd". With
+            ``ce_weight=0`` and ``kd_weight=0`` any head, or none.
         teacher: a model that takes the same tokens and gives logits of the same shape. It is frozen, set to eval,
-            moved to the device and prepared by Accelerate.
+            and moved to the device.
         distillation: the losses and their options.
         teacher_cache: reuse the teacher's outputs for rows seen before; the training data then needs a column "row"
-            of row numbers, and the pooling must not be "token".
+            of row numbers. Not for pooling "token", nor for the logits of models that predict tokens.
         **trainer_arguments: everything else that ``transformers.Trainer`` takes.
 
     Gradients do not depend on how a global batch is cut into accumulation steps and ranks: every loss is divided by
@@ -64,7 +58,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         layer_attention: (m, n) mean attention of the last logged interval, or None before.
 
     Raises:
-        ValueError: models that do not fit each other or the options; the message says which and the remedy.
+        ValueError, TypeError: models that do not fit each other or the options; the message says which and the remedy.
     """
 
     model: Any  # transformers allows None
@@ -89,13 +83,16 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "compute_loss_func: got a function; the training loss is the one that DistillationConfig describes; "
                 "leave it out and set ce_weight, kd_weight and alp_weight, or override compute_loss in a subclass"
             )
+        if distillation is not None and not isinstance(distillation, DistillationConfig):
+            raise TypeError(
+                f"distillation: got {type(distillation).__name__}; pass DistillationConfig(**options), "
+                "which takes the same names"
+            )
         self.distillation = distillation or DistillationConfig()
         self.teacher: Any = teacher
         self._teacher_cache = teacher_cache
         self.layer_attention: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._attention_sum: Tensor | None = None
-        self._steps_since_log = 0
+        self._log = StepLog()
         if model is not None:
             # As the Trainer does ahead of a model_init: φ's start depends on the seed, not on what was drawn before.
             args = TrainingArguments("tmp_trainer") if args is None else args
@@ -107,10 +104,10 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "several GPUs in one process (nn.DataParallel) are not supported; start one process per GPU: "
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
-        self.teacher = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
-        self.teacher.eval().requires_grad_(False)
-        self._student_inputs = _inputs_of(self.model)
-        self._teacher_inputs = _inputs_of(teacher)
+        self._check_optimizer()
+        self.teacher = self._frozen(teacher)
+        self._student_inputs = input_names(self.model)
+        self._teacher_inputs = input_names(teacher)
 
     @property
     def attended_layers(self) -> list[int]:
@@ -119,6 +116,29 @@ class DistillationTrainer(LengthGroupedTrainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         return self._attach(super().call_model_init(trial))
+
+    def _frozen(self, teacher: Any) -> Any:
+        """Not prepared by Accelerate, which would wrap the forward of the caller's teacher anew for each trainer."""
+        teacher.eval().requires_grad_(False)
+        if not self.accelerator.verify_device_map(teacher):  # else it lies on several devices
+            teacher.to(self.args.device)
+        if self.args.torch_compile and unwrap(teacher)[0] is teacher:
+            return torch.compile(teacher, **self.accelerator.state.dynamo_plugin.to_kwargs())
+        return teacher
+
+    def _check_optimizer(self) -> None:
+        """An optimizer that was made ahead of the trainer cannot know what the loss learns."""
+        module = getattr(self.model, LOSS_NAME, None)
+        if self.optimizer is None or module is None:
+            return
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in module.named_parameters() if id(p) not in known]
+        if missing:
+            raise ValueError(
+                f"optimizers: the optimizer that was passed does not hold what the loss learns ({', '.join(missing)}), "
+                "which the trainer makes; pass the class instead, as with "
+                'optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), or override create_optimizer in a subclass'
+            )
 
     def _attach(self, student: Any) -> Any:
         """Give the student the loss module, so that φ is wrapped, optimised and moved with it."""
@@ -129,14 +149,23 @@ class DistillationTrainer(LengthGroupedTrainer):
                 f"model: got a student inside {type(student).__name__}; pass the student itself, and "
                 "torch_compile=True to TrainingArguments to have it compiled"
             )
+        check_model("model", student, options)
+        check_model("teacher", teacher, options)
+        check_shared(student, teacher)
         kind, outputs = getattr(student.config, "problem_type", None), student.config.num_labels
         if options.uses_logits and (kind == "multi_label_classification" or (kind == "regression" and outputs > 1)):
             raise ValueError(
                 f"model: its config.problem_type is {kind!r} with {outputs} outputs; allowed are classification into "
                 f"one class, and regression with one output. {OTHER_TASKS}"
             )
-        self.pooling = options.pooling or ("cls" if student.get_output_embeddings() is None else "token")
-        if self._teacher_cache is not None and self.pooling == "token":
+        self._predicts_tokens = predicts_tokens(student)
+        self.pooling = options.pooling or default_pooling(student)
+        if self._teacher_cache is not None and options.uses_logits and self._predicts_tokens:
+            raise ValueError(
+                f"teacher_cache: got one, but {model_class(student).__name__} predicts tokens, whose logits are not "
+                "kept; leave it out, or set ce_weight=0 and kd_weight=0"
+            )
+        if self._teacher_cache is not None and options.uses_hidden_states and self.pooling == "token":
             raise ValueError('teacher_cache: pooling "token" would keep every token of the data; use another pooling')
         student._modules.pop(LOSS_NAME, None)  # of an earlier run, else optimised and saved with this one
         if not options.uses_hidden_states:
@@ -189,14 +218,14 @@ class DistillationTrainer(LengthGroupedTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Inputs], num_batches: int, device: Any) -> Any:
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        self._steps_since_log += 1
+        self._log.begin(len(batches), num_batches)
         return batches, self._global_counts(batches)
 
     def _global_counts(self, batches: list[Inputs]) -> Tensor:
         """(2,) labelled targets, and rows of the loss on hidden states, over these batches on all ranks."""
         counts = torch.zeros(2, device=self.args.device)
         for batch in batches:
-            mask = _attention_mask(batch)
+            mask = attention_mask(batch)
             counts += torch.stack([self._targets(batch, mask)[1].sum(), count_rows(mask, self.pooling)]).to(counts)
         total: Tensor = self.accelerator.reduce(counts, "sum")
         return total.clamp_min(1.0)
@@ -205,8 +234,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         """Labels aligned with the logits, or None; and which targets count."""
         labels = batch.get("labels")
         if labels is None:
-            tokens = self.model.get_output_embeddings() is not None
-            return None, mask != 0 if tokens else torch.ones_like(mask[:, 0], dtype=torch.bool)
+            return None, mask != 0 if self._predicts_tokens else torch.ones_like(mask[:, 0], dtype=torch.bool)
         if self._loss_shifts_labels:  # position s predicts label s + 1
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return labels, target_mask(labels)
@@ -223,35 +251,30 @@ class DistillationTrainer(LengthGroupedTrainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_decoder_inputs(inputs)
+        check_decoder_inputs(self.model, inputs)
         counts = self._global_counts([inputs]) if num_items_in_batch is None else num_items_in_batch
-        mask = _attention_mask(inputs)
+        mask = attention_mask(inputs)
         labels, counted = self._targets(inputs, mask)
         outputs, teacher_logits, alp = self._run_models(model, inputs, mask, counts[1])
-        loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
+        if teacher_logits is None:
+            loss = _zero(outputs)
+        else:
+            loss = self._logit_loss(outputs["logits"], teacher_logits, labels, counted, counts[0])
         if alp is not None:
             loss = loss + self.distillation.alp_weight * alp
         # Ranks average their gradients, but each holds its share of one global sum.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _check_decoder_inputs(self, inputs: Inputs) -> None:
-        """The labels, from which an encoder-decoder would make them, are kept from the models."""
-        generates = self.model.config.is_encoder_decoder and self.model.get_output_embeddings() is not None
-        if generates and "labels" in inputs and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
-            raise ValueError(
-                f"decoder_input_ids: got none for {type(self.model).__name__}, which reads them beside the labels; the "
-                "batch must hold them, as with data_collator=DataCollatorForSeq2Seq(tokenizer, model=student)"
-            )
-
     def _teacher_outputs(self, inputs: Inputs) -> Outputs:
         """Of the whole batch, from the cache where there is one."""
-        batch, size = len(_attention_mask(inputs)), self.distillation.teacher_batch_size
+        batch, size = len(attention_mask(inputs)), self.distillation.teacher_batch_size
         compute = partial(whole_outputs, self._run_teacher, inputs, batch, size)
         if self._teacher_cache is None:
             return compute()
-        kind = (self.pooling, *self._teacher_layers) if self.distillation.uses_hidden_states else None
-        return self._teacher_cache.get(kind, inputs[ROW_COLUMN], compute)
+        options = self.distillation
+        layers = (self.pooling, *self._teacher_layers) if options.uses_hidden_states else None
+        return self._teacher_cache.get((options.uses_logits, layers), inputs[ROW_COLUMN], compute)
 
     def _token_part(self, batch: int) -> int | None:
         """Sequences whose tokens of the teacher are there at a time; None for the whole batch's."""
@@ -259,21 +282,23 @@ class DistillationTrainer(LengthGroupedTrainer):
         return size if self.pooling == "token" and size is not None and size < batch else None
 
     def _run_teacher(self, inputs: Inputs) -> Outputs:
-        """Its logits, and its pooled rows, one tensor per teacher layer that takes part."""
-        own = _accepted(inputs, self._teacher_inputs)
+        """Its logits, and its pooled rows, one tensor per teacher layer that takes part; None for what is not used."""
+        own = accepted(inputs, self._teacher_inputs)
         if "use_cache" in self._teacher_inputs:  # all layers' keys and values; for the student the Trainer turns it off
             own["use_cache"] = False
-        with torch.no_grad():
-            if not self.distillation.uses_hidden_states:
-                return self.teacher(**own).logits, None
+        options = self.distillation
+        with torch.no_grad(), self.accelerator.autocast():
+            if not options.uses_hidden_states:
+                return self.teacher(**own)["logits"], None
             with HiddenStates(self.teacher, self._teacher_layers, self.pooling) as captured:
-                return self.teacher(**own).logits, captured.take()
+                outputs = self.teacher(**own)
+                return outputs["logits"] if options.uses_logits else None, captured.take()
 
     def _run_models(
         self, model: nn.Module, inputs: Inputs, mask: Tensor, rows: Tensor
-    ) -> tuple[Inputs, Tensor, Tensor | None]:
-        """The student's outputs, the teacher's logits, and the loss on hidden states."""
-        own = _accepted(inputs, self._student_inputs)
+    ) -> tuple[Inputs, Tensor | None, Tensor | None]:
+        """The student's outputs, the teacher's logits, and the loss on hidden states; None for what is not used."""
+        own = accepted(inputs, self._student_inputs)
         if not self.distillation.uses_hidden_states:
             logits, _ = self._teacher_outputs(inputs)
             return model(**own), logits, None
@@ -284,7 +309,7 @@ class DistillationTrainer(LengthGroupedTrainer):
         # loss takes each part's at once, and they are freed before the next part is run.
         size = self._token_part(len(mask))
         ahead = [self._teacher_outputs(inputs)] if size is None else []
-        teacher_logits: list[Tensor] = []
+        teacher_logits: list[Tensor | None] = []
         details: list[tuple[ALPOutput, slice]] = []
 
         def add_loss(student: nn.Module, args: Any, outputs: Any) -> Inputs:
@@ -298,7 +323,8 @@ class DistillationTrainer(LengthGroupedTrainer):
 
             run = self._run_teacher if size is not None else lambda _: ahead.pop()
             teacher_logits.append(run_in_parts(run, inputs, len(mask), size, use))
-            return {"logits": outputs.logits, "alp": torch.stack([output.loss for output, _ in details]).sum()}
+            tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+            return {**tensors, "alp": torch.stack([output.loss for output, _ in details]).sum()}
 
         # Inside the student's own forward: there DDP sees φ used, and FSDP has it gathered.
         with (
@@ -320,8 +346,13 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "both need the same outputs and the same tokens"
             )
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        if labels is not None and options.uses_logits:
+        if labels is not None:
             check_labels(logits, labels, smoothing)
+        if labels is None and counted.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"model: {model_class(self.model).__name__} gives logits {tuple(logits.shape)} for a batch without "
+                f"labels; allowed are {tuple(counted.shape)} with one dimension more, of the classes. {OTHER_TASKS}"
+            )
         if logits.dim() == 3:  # (B, S, V): only labelled tokens are worth a softmax over the vocabulary
             logits, teacher_logits = logits[counted], teacher_logits[counted]
             labels = None if labels is None else labels[counted]
@@ -331,47 +362,32 @@ class DistillationTrainer(LengthGroupedTrainer):
             if labels is None:
                 raise ValueError("ce_weight is above 0, but the batch has no labels; set ce_weight=0 to do without")
             ce = hard_loss(logits, labels, smoothing) / count
-            self._record("ce", ce)
+            self._log.add_loss("ce", ce)
             total = total + options.ce_weight * ce
         if options.kd_weight > 0:
             kd = soft_loss(logits, teacher_logits, counted, options.temperature) / count
-            self._record("kd", kd)
+            self._log.add_loss("kd", kd)
             total = total + options.kd_weight * kd
         return total
 
-    # ---- logging: sums stay on the device until a log is due ----
-
-    def _record(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    # ---- logging ----
 
     def _record_details(self, output: ALPOutput, mask: Tensor, rows: Tensor) -> None:
         share = count_rows(mask, self.pooling) / rows  # of this batch in the global one
-        self._record("alp", output.loss)
+        self._log.add_loss("alp", output.loss)
         for i, layer in enumerate(self._student_layers):
-            self._record(f"alp_layer_{layer}", output.layer_losses[i])
-            self._record(f"alp_entropy_{layer}", output.entropy[i] * share)
-        attention = output.attention.flatten(1, -2).sum(1) / rows  # (m, n)
-        self._attention_sum = attention if self._attention_sum is None else self._attention_sum + attention
+            self._log.add_loss(f"alp_layer_{layer}", output.layer_losses[i])
+            self._log.add_mean(f"alp_entropy_{layer}", output.entropy[i] * share)
+        self._log.add_mean(ATTENTION, output.attention.flatten(1, -2).sum(1) / rows)  # (m, n)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._sums and ("loss" in logs or "train_runtime" in logs):
-            means = self._drain()
+        if self._log and ("loss" in logs or "train_runtime" in logs):
+            means = self._log.means(self.accelerator.reduce)
+            self._log = StepLog()
+            self.layer_attention = means.pop(ATTENTION, None)
             if "loss" in logs:
-                logs.update(means)
+                logs.update({name: value.item() for name, value in means.items()})
         super().log(logs, start_time)
-
-    def _drain(self) -> dict[str, float]:
-        """Means over the optimizer steps since the last call, over all ranks: the only place that waits."""
-        names = list(self._sums)
-        flat = [self._sums[name].float().reshape(1) for name in names]
-        if self._attention_sum is not None:
-            flat.append(self._attention_sum.float().flatten())
-        values = self.accelerator.reduce(torch.cat(flat), "sum").cpu() / self._steps_since_log
-        if self._attention_sum is not None:
-            self.layer_attention = values[len(names) :].view(self._attention_sum.shape)
-        self._sums, self._attention_sum, self._steps_since_log = {}, None, 0
-        return dict(zip(names, values.tolist(), strict=False))
 
     # ---- checkpoints: the plain student, and what the loss learns beside it ----
 
@@ -408,29 +424,10 @@ class DistillationTrainer(LengthGroupedTrainer):
             columns += [name for name in (*self._teacher_inputs, ROW_COLUMN) if name not in columns]
 
 
-def count_rows(mask: Tensor, pooling: str) -> Tensor:
-    """The 0-dim number of rows that count after pooling a mask (B, S), as :func:`alpkd_fast.alp_loss` counts them."""
-    if pooling == "token":
-        return mask.sum()
-    if pooling == "cls":
-        return mask[:, 0].sum()
-    return mask.any(-1).sum()
-
-
-def _attention_mask(inputs: Inputs) -> Tensor:
-    mask: Tensor | None = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
-
-
-def _inputs_of(model: nn.Module) -> list[str]:
-    """What the model itself takes: forwards of PEFT and torch.compile pass on more than they name."""
-    base = unwrap_peft_model(unwrap(model)[0])  # type: ignore[no-untyped-call]
-    return list(inspect.signature(type(base).forward).parameters)  # the instance's may be wrapped for autocast
-
-
-def _accepted(inputs: Inputs, names: list[str]) -> Inputs:
-    """The inputs that a model takes, without the labels: the losses are computed here."""
-    return {name: value for name, value in inputs.items() if name in names and name != "labels"}
+def _zero(outputs: Inputs) -> Tensor:
+    """0 with a graph from every output: the ranks need the head's gradient even where no loss reads its output."""
+    first, *others = (o.sum() for o in outputs.values() if isinstance(o, Tensor) and o.requires_grad)
+    return sum(others, first) * 0.0
 
 
 def _chosen(name: str, layers: list[int] | None, count: int) -> list[int]:

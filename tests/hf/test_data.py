@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import make_tokenizer, sentences, write_jsonl
 
-from alpkd_fast.hf.data import LengthGroupedSampler, encode, length_order, load_rows
+from alpkd_fast.hf.data import encode, length_order, load_rows
 from alpkd_fast.hf.tasks import TASKS
 
 ROWS = sentences(30)
@@ -170,24 +170,6 @@ def test_two_sentences_and_regression(tmp_path):
     (row,) = encode(rows, TASKS["stsb"], make_tokenizer(), 32)
     assert row["labels"] == 2.5
     assert row["input_ids"].count(3) == 2  # a separator after each sentence
-
-
-def test_length_groups_cover_every_row_and_depend_on_seed_and_epoch_alone():
-    lengths = np.random.default_rng(0).integers(2, 60, size=1000).tolist()
-    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=1)
-    first = list(sampler)
-    assert sorted(first) == list(range(1000))
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert first != second
-    sampler.set_epoch(0)
-    assert list(sampler) == first != list(LengthGroupedSampler(lengths, batch_size=8, seed=2))
-
-    def padding(order):
-        batches = [[lengths[i] for i in order[at : at + 8]] for at in range(0, 1000, 8)]
-        return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
-
-    assert padding(first) < 0.15 * padding(list(range(1000)))
 
 
 def test_length_order_goes_from_long_to_short():

@@ -83,9 +83,9 @@ def test_the_mean_attention_is_that_of_the_whole_batch(options, tmp_path):
     for size in (None, 3):
         trainer, batch = trainer_and_batch(tmp_path, pooling="token", scale=1.0, teacher_batch_size=size, **options)
         batch["attention_mask"][6:] = 0  # the last part
-        trainer._steps_since_log = 1
+        trainer._log.begin(1, 1)
         trainer.compute_loss(trainer.model, batch)
-        trainer._drain()
+        trainer.log({"loss": 0.0})
         attention.append(trainer.layer_attention)
     torch.testing.assert_close(attention[1], attention[0])
     assert attention[0].std() > 0.01  # not a uniform one, which parts could not change

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import bert, make_tokenizer, masked_lm, sentences
+from tiny import bert, bert_config, make_tokenizer, masked_lm, sentences
 from tiny_models import make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -45,6 +45,7 @@ def make_trainer(
     collator=None,
     arguments=None,
     teacher_cache=None,
+    trainer_arguments=None,
     **options,
 ):
     teacher = bert(seed=1) if teacher is None else teacher
@@ -70,6 +71,7 @@ def make_trainer(
         data_collator=collator,
         processing_class=TOKENIZER,
         callbacks=callbacks,
+        **(trainer_arguments or {}),
     )
 
 
@@ -129,6 +131,45 @@ def test_learns_and_logs_every_part_under_its_name(tmp_path):
     torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kind", "pooling"),
+    [
+        ("bert", "ForSequenceClassification", "cls"),
+        ("distilbert", "ForSequenceClassification", "cls"),
+        ("bert", "ForTokenClassification", "token"),
+        ("bert", "ForMaskedLM", "token"),
+        ("llama", "ForSequenceClassification", "last"),
+        ("gpt2", "ForSequenceClassification", "last"),
+        ("llama", "ForTokenClassification", "token"),
+        ("llama", "ForCausalLM", "token"),
+    ],
+)
+def test_default_pooling_takes_the_rows_that_the_head_reads(architecture, kind, pooling, tmp_path):
+    teacher, student = (make_model(architecture, kind, seed=seed) for seed in (1, 2))
+    assert make_trainer(tmp_path, student, teacher).pooling == pooling
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows whose number nobody knows."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+@pytest.mark.parametrize(("accumulation", "rows"), [(1, ROWS), (1, Stream()), (2, ROWS), (2, Stream())])
+def test_logs_are_means_whatever_the_data_ends_with(accumulation, rows, tmp_path):
+    """Three batches an epoch. A stream is asked for more after its end, and its last batch makes half a group."""
+    arguments = {"max_steps": 8, "logging_steps": 3, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, rows=rows, method="alp", arguments=arguments)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert log["loss"] == pytest.approx(0.5 * log["ce"] + 0.5 * log["kd"] + log["alp"], rel=1e-4)
+        assert log["alp_entropy_0"] == pytest.approx(math.log(4), rel=1e-3)  # of attention that is all but even
+    torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "token"])
 def test_bf16_autocast_is_near_fp32(pooling, tmp_path):
     logs = []
@@ -153,6 +194,44 @@ def test_teacher_is_frozen_and_unchanged(tmp_path):
     assert not teacher.training
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_mixed_precision_leaves_the_callers_teacher_as_it_is(compiler, tmp_path):
+    """The trainer's runs in bf16; the caller's stays in float32, however many trainers have used it."""
+    torch._dynamo.reset()
+    teacher = bert(seed=1)
+    given = teacher if compiler is None else torch.compile(teacher, backend=compiler)
+    ids = torch.tensor([[2, 5, 3]])
+    expected = teacher.eval()(ids).logits
+    seen = []
+    teacher.classifier.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, bert(2, 16), given, arguments={"bf16": True, "max_steps": 1})
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(ROWS[:8])))
+        assert torch.equal(teacher(ids).logits, expected)
+    assert seen == [torch.bfloat16, torch.float32] * 2
+    assert "forward" not in vars(teacher)
+
+
+def test_needs_a_config(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    options = {"method": "alp"}
+    with pytest.raises(TypeError, match=r"distillation: got dict; pass DistillationConfig\(\*\*options\)"):
+        DistillationTrainer(bert(2), bert(), arguments, distillation=options)
+    DistillationTrainer(bert(2), bert(), arguments, distillation=DistillationConfig(**options))
+
+
+def test_parameters_shared_with_the_teacher_are_refused(tmp_path):
+    """They would be frozen with it."""
+    teacher, student = bert(seed=1), bert(2)
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(ValueError, match=r"model: bert\.embeddings\..* and 4 more of its parameters are the teacher's"):
+        make_trainer(tmp_path, student, teacher)
+    own = make_trainer(tmp_path, copy.deepcopy(student), teacher).model
+    assert all(p.requires_grad for p in own.parameters())
+    student.bert.embeddings.requires_grad_(False)
+    make_trainer(tmp_path, student, teacher, arguments={"max_steps": 1}).train()
 
 
 def test_evaluation_is_the_trainers_own(tmp_path):
@@ -246,7 +325,7 @@ def test_compiled_models_follow_the_epochs(tmp_path):
 
 def test_masked_language_model(tmp_path):
     teacher = masked_lm(seed=1)
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    rows = unlabelled()
     collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.3)
     trainer = make_trainer(
         tmp_path, student_from_teacher(teacher, 2), teacher, rows=rows, collator=collator, method="alp",
@@ -281,7 +360,7 @@ def test_decoder_with_activation_checkpointing(pooling, tmp_path):
         with torch.no_grad():
             logits = trainer.model(input_ids=batch["input_ids"]).logits
         ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        torch.testing.assert_close(trainer._sums["ce"], ce)
+        torch.testing.assert_close(trainer._log._sums["ce"], ce)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
@@ -302,11 +381,38 @@ def test_regression(tmp_path):
 
 
 def test_without_labels(tmp_path):
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    rows = unlabelled()
     trainer = make_trainer(tmp_path, rows=rows, method="alp", ce_weight=0.0, arguments={"max_steps": 2})
     trainer.train()
     with pytest.raises(ValueError, match="ce_weight is above 0, but the batch has no labels"):
         make_trainer(tmp_path, rows=rows, method="alp", arguments={"max_steps": 1}).train()
+
+
+def unlabelled(rows=ROWS):
+    return [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+
+
+def test_without_labels_every_token_of_a_token_classifier_counts(tmp_path):
+    """As many rows as tokens a row: the rows are not taken for the tokens."""
+    teacher, student = (
+        make_model("bert", "ForTokenClassification", seed=seed, num_labels=5, initializer_range=0.5) for seed in (1, 2)
+    )
+    mask = torch.arange(8)[None] < torch.tensor([4, 8] * 4)[:, None]
+    batch = {"input_ids": torch.arange(3, 67).view(8, 8) % 50, "attention_mask": mask.long()}
+    losses = []
+    for labels in ({}, {"labels": mask.long() - 1 + 99 * (mask.long() - 1)}):  # 0, and -100 for padding
+        trainer = make_trainer(tmp_path, student, teacher, method="kd", ce_weight=0.0, kd_weight=1.0)
+        losses.append(trainer.compute_loss(student.train(), {**batch, **labels}))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_without_labels_logits_of_another_shape_are_refused(tmp_path):
+    """Of a model that does not say what it predicts."""
+    trainer = make_trainer(tmp_path, ce_weight=0.0)
+    trainer.model.register_forward_hook(lambda module, args, output: output | {"logits": torch.zeros(8, 5, 2)})
+    trainer.teacher.register_forward_hook(lambda module, args, output: output | {"logits": torch.zeros(8, 5, 2)})
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification gives logits \(8, 5, 2\) for a batch without"):
+        trainer.compute_loss(trainer.model.train(), dict(trainer.data_collator(unlabelled(ROWS[:8]))))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +435,82 @@ def test_refuses_a_teacher_of_other_outputs(tmp_path):
     trainer = make_trainer(tmp_path, teacher=bert(seed=1), student=bert(2, num_labels=3), method="kd")
     with pytest.raises(ValueError, match="both need the same outputs"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("BertForQuestionAnswering", {"method": "kd"}, "gives no logits .* set ce_weight=0 and kd_weight=0"),
+        ("LlamaForQuestionAnswering", {}, "gives no logits"),
+        ("BertForPreTraining", {}, "gives no logits"),
+        ("ElectraForPreTraining", {}, "gives no logits of classes"),
+        ("BertModel", {}, "gives no logits"),
+        ("BertForMultipleChoice", {}, 'reads .rows, choices, tokens.*use method="kd"'),
+        ("ViTForImageClassification", {}, "reads pixel_values; allowed are models that read input_ids"),
+    ],
+)
+def test_refuses_models_that_the_losses_cannot_read(model, options, message, tmp_path):
+    config = getattr(transformers, model).config_class(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
+    with pytest.raises(ValueError, match=f"model: {model} {message}"):
+        make_trainer(tmp_path, getattr(transformers, model)(config), bert(seed=1), **options)
+    with pytest.raises(ValueError, match=f"teacher: {model} {message}"):
+        make_trainer(tmp_path, bert(2), getattr(transformers, model)(config), **options)
+
+
+@pytest.mark.parametrize("kind", ["ForQuestionAnswering", "ForPreTraining", "Model"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_hidden_states_need_no_logits(kind, return_dict, tmp_path):
+    """The loss is alp_loss alone, and every parameter has a gradient, as in the other ranks."""
+    config = bert_config(return_dict=return_dict)
+    teacher, student = (getattr(transformers, f"Bert{kind}")(config) for _ in range(2))
+    trainer = make_trainer(tmp_path, student, teacher, ce_weight=0.0, kd_weight=0.0, method="alp", pooling="mean")
+    batch = dict(trainer.data_collator(unlabelled(ROWS[:8])))
+    loss = trainer.compute_loss(student.train(), dict(batch))
+    ours, theirs = (m(**batch, output_hidden_states=True, return_dict=True).hidden_states for m in (student, teacher))
+    expected = alp_loss(ours[1:], theirs[1:], batch["attention_mask"], pooling="mean", backend="reference")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert [name for name, p in student.named_parameters() if p.grad is None] == []
+
+
+def test_answers_are_kept_from_the_models(tmp_path):
+    """As labels are: a loss that nobody asked for would be NaN here, where every answer was cut off."""
+    teacher, student = (make_model("bert", "ForQuestionAnswering", seed=seed) for seed in (1, 2))
+    trainer = make_trainer(tmp_path, student, teacher, ce_weight=0.0, kd_weight=0.0, method="alp")
+    batch = dict(trainer.data_collator(unlabelled(ROWS[:8])))
+    expected = trainer.compute_loss(student.train(), dict(batch))
+    end = torch.full((8,), batch["input_ids"].shape[1])
+    loss, outputs = trainer.compute_loss(student, {**batch, "start_positions": end, "end_positions": end}, True)
+    assert loss == expected
+    assert "loss" not in outputs
+
+
+def test_outputs_as_tuples_train_too(tmp_path):
+    losses = []
+    for return_dict in (True, False):
+        teacher, student = bert(seed=1, return_dict=return_dict), bert(2, seed=2, return_dict=return_dict)
+        trainer = make_trainer(tmp_path, student, teacher, method="alp")
+        losses.append(trainer.compute_loss(student.train(), dict(trainer.data_collator(ROWS[:8]))))
+    assert losses[0] == losses[1]
+
+
+def test_multiple_choice_with_kd(tmp_path):
+    teacher, student = (make_model("bert", "ForMultipleChoice", seed=seed) for seed in (1, 2))
+    trainer = make_trainer(tmp_path, student, teacher, method="kd", ce_weight=1.0, kd_weight=0.0)
+    ids = torch.arange(3, 51).view(4, 3, 4) % 50
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
+    torch.testing.assert_close(trainer.compute_loss(student.train(), dict(batch)), student.eval()(**batch).loss)
+
+
+def test_embeddings_for_tokens_need_a_mask(tmp_path):
+    trainer = make_trainer(tmp_path, bert(2), bert(seed=1), method="alp")
+    batch = {"inputs_embeds": torch.randn(2, 5, 32), "labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=r"attention_mask: the batch has neither .* but inputs_embeds, labels"):
+        trainer.compute_loss(trainer.model.train(), dict(batch))
+    batch["attention_mask"] = torch.ones(2, 5, dtype=torch.int64)
+    assert trainer.compute_loss(trainer.model.train(), batch).isfinite()
 
 
 def test_needs_a_teacher(tmp_path):
@@ -387,6 +569,21 @@ def test_teacher_cache_lies_in_the_cpus_memory():
 def test_teacher_cache_refuses_every_token(tmp_path):
     with pytest.raises(ValueError, match='teacher_cache: pooling "token" would keep every token'):
         make_trainer(tmp_path, method="alp", pooling="token", teacher_cache=TeacherCache())
+
+
+@pytest.mark.parametrize("kind", ["ForTokenClassification", "ForMaskedLM"])
+def test_teacher_cache_refuses_logits_of_tokens(kind, tmp_path):
+    """They differ in length, and a masked language model's rows are masked anew each time."""
+    options = {"method": "alp", "pooling": "cls", "teacher_cache": TeacherCache()}
+    teacher, student = (make_model("bert", kind, seed=seed) for seed in (1, 2))
+    with pytest.raises(ValueError, match=f"teacher_cache: got one, but Bert{kind} predicts tokens, whose"):
+        make_trainer(tmp_path, student, teacher, **options)
+    rows = [{**row, "row": number} for number, row in enumerate(unlabelled())]
+    trainer = make_trainer(tmp_path, student, teacher, rows=rows, ce_weight=0.0, kd_weight=0.0, **options)
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert len(calls) == 3  # batches of the first of two epochs
 
 
 def segments():
@@ -516,6 +713,22 @@ def test_the_learned_scale_does_not_decay(tmp_path):
     assert decay[id(module.proj_weight)] == 0.1
 
 
+def test_an_optimizer_without_the_projection_is_refused(tmp_path):
+    student = bert(2, 16)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    given = {"optimizers": (optimizer, None)}
+    with pytest.raises(ValueError, match=r"optimizers: .* \(proj_weight, proj_bias\), .*optimizer_cls_and_kwargs"):
+        make_trainer(tmp_path, student, method="alp", trainer_arguments=given)
+    make_trainer(tmp_path, student, method="kd", trainer_arguments=given)  # learns nothing of its own
+    trainer = make_trainer(
+        tmp_path, student, method="alp", arguments={"max_steps": 1},
+        trainer_arguments={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
+    )  # fmt: skip
+    before = trainer.model.alp_loss.proj_weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.alp_loss.proj_weight, before)
+
+
 def test_a_student_used_before_leaves_its_loss_behind(tmp_path):
     student, teacher = bert(2, 16), bert(seed=1)
     make_trainer(tmp_path, student, teacher, method="alp")
@@ -548,9 +761,17 @@ def test_encoder_decoders_need_the_decoders_inputs(tmp_path):
     )
     with pytest.raises(ValueError, match=r"decoder_input_ids: got none .*DataCollatorForSeq2Seq"):
         bare.compute_loss(student.train(), dict(collators[0](rows)))
+    with pytest.raises(ValueError, match=r"labels: got none for BartForConditionalGeneration; .* hold labels"):
+        full.compute_loss(student.train(), {k: v for k, v in collators[1](rows).items() if k != "labels"})
     batch = dict(collators[1](rows))
     loss = full.compute_loss(student.train(), dict(batch))
     torch.testing.assert_close(loss, 0.5 * student(**batch).loss)
+
+
+def test_hidden_states_of_an_encoder_decoder_are_refused(tmp_path):
+    """Of unequal depths one side would be taken, whichever has the number of config.num_hidden_layers."""
+    with pytest.raises(ValueError, match=r'model: BartForConditionalGeneration has hidden .*use method="kd"'):
+        make_trainer(tmp_path, make_seq2seq(decoder_layers=1), make_seq2seq(), method="alp")
 
 
 def test_classification_by_an_encoder_decoder_needs_none(tmp_path):
