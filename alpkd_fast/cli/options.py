@@ -114,7 +114,7 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
         weight = getattr(default, f"{name}_weight")
         group.add_argument(f"--{name}-weight", type=_weight, default=weight, help="%(default)s")
     group.add_argument("--temperature", type=_positive_float, default=default.temperature, help="%(default)s")
-    group.add_argument("--pooling", choices=POOLINGS, help="rows of the loss on hidden states; those that the head reads")
+    group.add_argument("--pooling", choices=POOLINGS, help="rows of the loss on hidden states; the head's")
     group.add_argument("--layer-map", choices=KINDS, help="overrides the method's")
     group.add_argument("--scale", type=_weight, help="of the attention; 1/sqrt(width)")
     group.add_argument("--learn-scale", action=flag, default=False, help="starting at --scale")
