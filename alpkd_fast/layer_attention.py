@@ -15,12 +15,10 @@ from . import layer_attention_cpu
 from .layer_maps import LayerTable, allowed_on_device
 from .ops import forbid_second_derivative, is_batched
 
-Layers = list[Tensor] | tuple[Tensor, ...]
-
 
 def layer_attention(
-    queries: Layers,
-    teacher: Layers,
+    queries: Sequence[Tensor],
+    teacher: Sequence[Tensor],
     counted: Tensor | None,
     table: LayerTable | None,
     scale: float | Tensor,
@@ -66,7 +64,8 @@ class _LayerAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, counted, attention, *layers = ctx.saved_tensors
+        scale, counted, attention = ctx.saved_tensors[:3]
+        layers = ctx.saved_tensors[3:]
         wants_scale, *wanted = ctx.needs_input_grad[5:]
         in_operator = ctx.has_operators and (torch.compiler.is_compiling() or not any(map(is_batched, grads)))
         attend_back = layer_attention_cpu.attend_back if in_operator else _attend_back
@@ -82,8 +81,8 @@ class _LayerAttention(torch.autograd.Function):
 
 
 def _attend(
-    queries: Layers,
-    teacher: Layers,
+    queries: tuple[Tensor, ...],
+    teacher: tuple[Tensor, ...],
     counted: Tensor | None,
     table: LayerTable | None,
     scale: float | Tensor,
@@ -98,9 +97,9 @@ def _attend(
 
 
 def _attend_back(
-    grads: Layers,
-    queries: Layers,
-    teacher: Layers,
+    grads: tuple[Tensor, ...],
+    queries: tuple[Tensor, ...],
+    teacher: tuple[Tensor, ...],
     attention: Tensor,
     counted: Tensor | None,
     table: LayerTable | None,
@@ -133,7 +132,7 @@ def _attend_back(
     return _wanted(d_queries, queries, query_grad), _wanted(d_teacher, teacher, teacher_grad), d_scale
 
 
-def _stack(layers: Layers, dtype: torch.dtype, counted: Tensor | None) -> Tensor:
+def _stack(layers: tuple[Tensor, ...], dtype: torch.dtype, counted: Tensor | None) -> Tensor:
     """(R, layers, D), with zeros in rows that do not count."""
     block = torch.stack(layers, 1).to(dtype)
     return block if counted is None else torch.where(counted[:, None, None], block, 0.0)

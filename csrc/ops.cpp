@@ -1,4 +1,4 @@
-// Registration of the compiled kernels. The schemas are defined in alpkd_fast/ops.py and alpkd_fast/layer_attention.py.
+// Registration of the compiled kernels. Their schemas are in alpkd_fast/ops.py and alpkd_fast/layer_attention_cpu.py.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/operators.h"

@@ -1,4 +1,4 @@
-// The operators on the CPU, with the schemas of alpkd_fast/ops.py and alpkd_fast/layer_attention.py.
+// The operators on the CPU, with the schemas of alpkd_fast/ops.py and alpkd_fast/layer_attention_cpu.py.
 #pragma once
 
 #include <optional>

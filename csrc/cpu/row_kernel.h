@@ -54,8 +54,8 @@ class Arena {
 };
 
 // Scratch of one thread: (2m + 1) rows of A, n more where the teacher's rows are gathered or get gradients, m more
-// with teacher gradients, 2m more with normalize, each D padded to at most 1023 bytes more; and n * lanes(m) * (one
-// vector + 4 A) of coefficients. With m 6, n 12, D 768 in fp32 that is 56 KB.
+// with teacher gradients, m more for the queries in attend_back, 2m more with normalize, each D padded to at most 1023
+// bytes more; and n * lanes(m) * (one vector + 4 A) of coefficients. With m 6, n 12, D 768 in fp32 that is 56 KB.
 //
 // A is the compute dtype. A student's row is widened, in its first product, into a scratch row of A, padded with
 // zeros to whole vectors: every tile reads it again, and rows of the hidden states themselves lie a multiple of
