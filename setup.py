@@ -21,12 +21,13 @@ CUDA_BUILD = runpy.run_path("csrc/cuda/build.py")
 
 
 # Each instruction set is one file of its own; which of them runs is chosen at run time.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SET_FLAGS = {
-    "row_kernel_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "row_kernel_avx512.cpp": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
+    "row_kernel_avx2.cpp": AVX2,
+    "row_kernel_avx512.cpp": AVX512,
+    "row_kernel_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
 
 
 class BuildLibrary(build_ext):

@@ -18,8 +18,13 @@ from alpkd_fast.problem import make_problem
 TESTS = Path(__file__).parent
 PACKAGE = Path(alpkd_fast.__file__).parent
 FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-INSTRUCTION_SETS = {"plain": [], "avx2": ["avx2", "fma", "f16c"],
-                    "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"]}  # fmt: skip
+AVX512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl"]
+INSTRUCTION_SETS = {
+    "plain": [],
+    "avx2": ["avx2", "fma", "f16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "avx512_bf16"],
+}
 # Every path through the row kernels: dtypes, widths with every remainder, options, pooling, masks.
 PATHS = "shapes_and_dtypes or widths or value_and_gradients or weights or any_table or caches or scale_tensor_gets"
 
@@ -51,15 +56,16 @@ def test_instruction_set(isa):
 
 
 def test_instruction_sets_give_their_own_sums():
-    """The variable has an effect: another width adds in another order."""
+    """The variable has an effect: another width, and products in pairs, add in another order."""
     needs_cpu()
     available = [isa for isa, flags in INSTRUCTION_SETS.items() if all(flag in FLAGS for flag in flags)]
     script = textwrap.dedent("""
         import torch, alpkd_fast
         torch.manual_seed(0)
-        student, teacher = torch.randn(2, 40, 700).requires_grad_(), torch.randn(3, 40, 700)
-        alpkd_fast.alp_loss(student, teacher, backend="cpu").backward()
-        print(student.grad.double().pow(2).sum().item().hex())
+        student = torch.randn(2, 40, 704).bfloat16().requires_grad_()
+        teacher = torch.randn(3, 40, 704).bfloat16()
+        output = alpkd_fast.alp_loss(student, teacher, backend="cpu", return_details=True)
+        print(output.attention.double().pow(2).sum().item().hex())
     """)
     seen = {python("-c", script, ALPKD_FAST_CPU_ISA=isa).stdout for isa in available}
     assert len(seen) == len(available)

@@ -123,7 +123,7 @@ Outputs alp_cpu(Tensors student, Tensors teacher, std::optional<Tensor> row_weig
   problem.student_grad = students.wanted;
   problem.teacher_grad = teachers.wanted;
   problem.scale_grad = scale_grad;
-  problem.stream = worth_streaming(students, teachers);
+  suit_processor(&problem, students, teachers);
   problem.attention = details ? attention.data_ptr() : nullptr;
   Sums sums = run_rows(problem, f64);
 

@@ -41,7 +41,7 @@ double run(Problem problem, const Tensors& student, const Side& students, const 
   problem.gradient_coef = coefficients.data();
   problem.student_grad = students.wanted;
   problem.teacher_grad = teachers.wanted;
-  problem.stream = worth_streaming(students, teachers);
+  suit_processor(&problem, students, teachers);
   problem.attention = attention.data_ptr();
   return run_rows(problem, attention.scalar_type() == ScalarType::Double).d_scale;
 }

@@ -22,6 +22,12 @@ enum class Task : int8_t {
   attend_back  // its gradients, from those of u_i
 };
 
+// How the processor fetches what is prefetched.
+enum class Fetching : int8_t {
+  pairs,  // a line brings its neighbour, and the end of a row that follows on the last one is foreseen
+  lines   // a line comes alone, and a row only as far as it is asked for
+};
+
 // student, its gradients and attention are, by task:
 //   loss         s_i; its gradient; a_ij, written where it is wanted
 //   attend       the queries; u_i; a_ij, written
@@ -52,7 +58,8 @@ struct Problem {
   bool normalize, detach;
   bool student_grad, teacher_grad, scale_grad;  // whether any such gradient is wanted
   bool stream;                                  // gradients exceed the caches: write past them
-  void* attention;                              // (m, rows, n) in the compute dtype, or null
+  Fetching fetching;
+  void* attention;  // (m, rows, n) in the compute dtype, or null
 };
 
 // What one chunk of rows adds up to, summed over chunks in a fixed order by the host.
@@ -76,6 +83,7 @@ extern const Kernels kernels_plain;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernel kernel_avx512_bf16;  // in float32
 #endif
 
 // static for the same reason as dtype_size

@@ -19,25 +19,32 @@ namespace {
 #define ALP_TILE_FUNCTION __attribute__((noinline))
 #define ALP_INLINE inline __attribute__((always_inline))
 
-// The next row's hidden states on their way to the L2 cache: a few lines with every tile, so that the
-// memory stays busy while the products read the caches, and no prefetch waits in a burst.
+// The next row's hidden states on their way to the caches: a few lines with every tile, so that the memory stays busy
+// while the products read the caches, and no prefetch waits in a burst.
 struct Ahead {
   static constexpr int kLines = 4;         // at once: an unrolled burst costs little beside a tile
-  static constexpr int64_t kStep = 128;    // bytes from one to the next: processors fetch lines in pairs
-  static constexpr int64_t kStart = 1024;  // bytes of a row that follows on this one: its end the processor foresees
+  static constexpr int64_t kStart = 1024;  // bytes of a row that follows on this one where pairs are fetched
   const char* const* rows;                 // [count]
   const int64_t* bytes;                    // [count] length of each
+  Fetching fetching;
   int count = 0;
   int bursts = 0;  // a tile
   int row = 0;
   int64_t at = 0;
 
+  static constexpr int64_t step_of(Fetching f) { return f == Fetching::lines ? 64 : 128; }
+
   inline __attribute__((always_inline)) void step() {
     for (int k = 0; k < bursts && row < count; ++k) {
       const char* line = rows[row] + at;  // past the row's end lies the row after the next, as a rule
-      ALP_UNROLL
-      for (int l = 0; l < kLines; ++l) __builtin_prefetch(line + kStep * l, 0, 2);
-      if ((at += kStep * kLines) >= bytes[row]) {
+      if (fetching == Fetching::lines) {
+        ALP_UNROLL
+        for (int l = 0; l < kLines; ++l) __builtin_prefetch(line + step_of(Fetching::lines) * l, 0, 3);  // to L1
+      } else {
+        ALP_UNROLL
+        for (int l = 0; l < kLines; ++l) __builtin_prefetch(line + step_of(Fetching::pairs) * l, 0, 2);  // to L2
+      }
+      if ((at += step_of(fetching) * kLines) >= bytes[row]) {
         at = 0;
         ++row;
       }
@@ -121,10 +128,68 @@ ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* 
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same where both sides are hidden states in bf16. Their products are exact in fp32; an instruction adds up those
+// of two columns.
+template <int kI, int kJ, bool kFirst>
+ALP_INLINE void dots_tile_bf16(float* const* rows, const PairedBf16* const* from, const PairedBf16* const* teachers,
+                               int64_t width, Vec<float>* sums) {
+  constexpr int W = kWidth<float>;
+  float* x[kI];
+  const PairedBf16 *from_x[kI], *t[kJ];
+  Vec<float> acc[kJ][kI];
+  ALP_UNROLL
+  for (int i = 0; i < kI; ++i) {
+    x[i] = rows[i];
+    from_x[i] = from[i];
+  }
+  ALP_UNROLL
+  for (int j = 0; j < kJ; ++j) {
+    t[j] = teachers[j];
+    ALP_UNROLL
+    for (int i = 0; i < kI; ++i) acc[j][i] = Vec<float>{};
+  }
+  for (int64_t d = 0; d < width; d += 2 * W) {
+    Pairs b_x[kI];
+    ALP_UNROLL
+    for (int i = 0; i < kI; ++i) {
+      b_x[i] = load<Pairs>(from_x[i] + d);
+      if constexpr (kFirst) {
+        store(x[i] + d, load_wide(from_x[i] + d, 0));
+        store(x[i] + d + W, load_wide(from_x[i] + d, 1));
+      }
+    }
+    ALP_UNROLL
+    for (int j = 0; j < kJ; ++j) {
+      const Pairs b_t = load<Pairs>(t[j] + d);
+      ALP_UNROLL
+      for (int i = 0; i < kI; ++i) acc[j][i] = add_products(acc[j][i], b_x[i], b_t);
+    }
+  }
+  ALP_UNROLL
+  for (int j = 0; j < kJ; ++j) {
+    ALP_UNROLL
+    for (int i = 0; i < kI; ++i) sums[j * kI + i] = acc[j][i];
+  }
+}
+#endif
+
 template <int kI, class A, class S>
 ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, int64_t width, Vec<A>* sums, Ahead& ahead) {
   int j = 0;
   const auto tile = [&](auto count) {
+#if defined(__AVX512BF16__)
+    if constexpr (kSpan<S> == 2) {
+      if (o.from_x != nullptr) {
+        if (j == 0)
+          dots_tile_bf16<kI, count.value, true>(o.x + i, o.from_x + i, o.t, width, sums);
+        else
+          dots_tile_bf16<kI, count.value, false>(o.x + i, o.from_x + i, o.t + j, width, sums + j * kI);
+        j += count.value;
+        return;
+      }
+    }
+#endif
     if (o.from_x != nullptr && j == 0)
       dots_tile<kI, count.value, true>(o.x + i, o.from_x + i, o.t, width, sums);
     else

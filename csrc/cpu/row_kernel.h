@@ -230,9 +230,10 @@ class RowKernel {
     const auto add = [&](const Layer& layer, Dtype type) {
       const int64_t bytes = p.D * dtype_size(type);
       next[ahead.count] = row_of(layer, position);
-      const bool follows = next[ahead.count] == row_of(layer, (r - 1) * p.seq) + bytes;
-      next_bytes[ahead.count] = follows && bytes > Ahead::kStart ? Ahead::kStart : bytes;
-      lines += next_bytes[ahead.count++] / Ahead::kStep + 1;
+      const bool foreseen =
+          p.fetching == Fetching::pairs && next[ahead.count] == row_of(layer, (r - 1) * p.seq) + bytes;
+      next_bytes[ahead.count] = foreseen && bytes > Ahead::kStart ? Ahead::kStart : bytes;
+      lines += next_bytes[ahead.count++] / Ahead::step_of(p.fetching) + 1;
     };
     for (int i = 0; i < p.m; ++i)
       if (p.student_active[i]) add(p.student[i], p.student_dtype);
@@ -241,7 +242,7 @@ class RowKernel {
     for (int g = 0; g < p.group_count; ++g)
       tiles += tile_count(p.groups[g].m) * (2 * width / (ALP_TILE_D * kWidth<A>)+p.groups[g].n / ALP_TILE_J);
     const int64_t step = tiles * Ahead::kLines;
-    ahead = {next, next_bytes, ahead.count, int((lines + step - 1) / step)};
+    ahead = {next, next_bytes, p.fetching, ahead.count, int((lines + step - 1) / step)};
   }
 
   // A layer's gradient row from scratch to memory; a "mean" row is spread later.

@@ -42,10 +42,23 @@ void Groups::hand_to(Problem* problem) const {
   problem->teacher_active = teacher_active.get();
 }
 
-bool worth_streaming(const Side& students, const Side& teachers) {
+namespace {
+
+bool processor_is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+// Whether gradients are written past the caches: they exceed these, and every row starts on a cache line. Elsewhere
+// than on AMD a few threads, which do not fill the memory bus, are quicker through the caches: a streamed line holds
+// one of the buffers through which a core reads, too, until it has reached memory.
+bool worth_streaming(const Side& students, const Side& teachers, bool amd) {
   constexpr int64_t kBeyondCaches = 8 << 20;
   constexpr uint32_t kFewThreads = 4;
-  if (torch::stable::get_num_threads() <= kFewThreads) return false;
+  if (!amd && torch::stable::get_num_threads() <= kFewThreads) return false;
   int64_t total = 0;
   for (const Side* side : {&students, &teachers})
     for (const Tensor& gradient : side->gradients) {
@@ -58,23 +71,34 @@ bool worth_streaming(const Side& students, const Side& teachers) {
   return total > kBeyondCaches;
 }
 
+}  // namespace
+
+// Measured on Zen 5 and Cascade Lake.
+void suit_processor(Problem* problem, const Side& students, const Side& teachers) {
+  static const bool amd = processor_is_amd();
+  problem->fetching = amd ? Fetching::lines : Fetching::pairs;
+  problem->stream = worth_streaming(students, teachers, amd);
+}
+
 namespace {
 
-const Kernels& choose_kernels() {
+Kernels choose_kernels() {
   const char* forced = std::getenv("ALPKD_FAST_CPU_ISA");
   const std::string isa = forced ? forced : "";
-  STD_TORCH_CHECK(isa.empty() || isa == "avx512" || isa == "avx2" || isa == "plain", "ALPKD_FAST_CPU_ISA=", isa,
-                  " is not known; set avx512, avx2 or plain, or unset it");
+  STD_TORCH_CHECK(isa.empty() || isa == "avx512_bf16" || isa == "avx512" || isa == "avx2" || isa == "plain",
+                  "ALPKD_FAST_CPU_ISA=", isa, " is not known; set avx512_bf16, avx512, avx2 or plain, or unset it");
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C comes with AVX2
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #else
-  const bool avx2 = false, avx512 = false;
+  const bool avx2 = false, avx512 = false, avx512_bf16 = false;
 #endif
-  STD_TORCH_CHECK((isa != "avx512" || avx512) && (isa != "avx2" || avx2), "ALPKD_FAST_CPU_ISA=", isa,
-                  ", but this processor has not these instructions; unset it");
+  STD_TORCH_CHECK((isa != "avx512_bf16" || avx512_bf16) && (isa != "avx512" || avx512) && (isa != "avx2" || avx2),
+                  "ALPKD_FAST_CPU_ISA=", isa, ", but this processor has not these instructions; unset it");
 #if defined(__x86_64__)
+  if (avx512_bf16 && (isa.empty() || isa == "avx512_bf16")) return {kernel_avx512_bf16, kernels_avx512.f64};
   if (avx512 && (isa.empty() || isa == "avx512")) return kernels_avx512;
   if (avx2 && (isa.empty() || isa == "avx2")) return kernels_avx2;
 #endif
@@ -87,7 +111,7 @@ int64_t rows_per_chunk(int64_t rows) { return std::clamp<int64_t>(rows / 64, 1, 
 }  // namespace
 
 Sums run_rows(const Problem& problem, bool f64) {
-  static const Kernels& kernels = choose_kernels();
+  static const Kernels kernels = choose_kernels();
   const Kernel& kernel = f64 ? kernels.f64 : kernels.f32;
   const int64_t rows = problem.rows, step = rows_per_chunk(rows), chunks = (rows + step - 1) / step;
   const int64_t pitch = 2 * int64_t(problem.m) + 1;

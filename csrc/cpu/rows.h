@@ -25,10 +25,8 @@ struct Groups {
   Group group(const std::vector<int>& students, const std::vector<int>& teachers);
 };
 
-// Whether gradients are written past the caches: they exceed these, every row starts on a cache line, and there are
-// threads enough to fill the memory bus. A few are quicker through the caches: a streamed line holds one of the buffers
-// through which a core reads, too, until it has reached memory.
-bool worth_streaming(const Side& students, const Side& teachers);
+// How the processor is to read and write the rows: Problem's stream and fetching.
+void suit_processor(Problem* problem, const Side& students, const Side& teachers);
 
 // What the rows add up to, [m] each but for d_scale.
 struct Sums {

@@ -186,6 +186,15 @@ inline Vec<float> load_wide(const Fp16* p, int v) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+typedef __m512bh Pairs;  // a vector's pairs of bf16
+
+// sums + products of the even columns + products of the odd ones; subnormal numbers count as 0
+inline Vec<float> add_products(Vec<float> sums, Pairs x, Pairs y) {
+  return Vec<float>(_mm512_dpbf16_ps(__m512(sums), x, y));
+}
+#endif
+
 // Rounded to bf16, in the upper half of each lane; the lower half is anything.
 inline Bits32 round_to_bf16(Vec<float> x) {
   const Bits32 bits = (Bits32)x;
@@ -205,7 +214,15 @@ inline Bits16 narrow_vectors(const Vec<float>* x, Bf16*) {
 #endif
 }
 inline Bits32 narrow_vectors(const Vec<float>* x, PairedBf16*) {
+#if defined(__AVX512BF16__)
+  // The first vector's in the lower half, the second's in the upper one; then one of each in turns
+  const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(__m512(x[1]), __m512(x[0])));
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return Bits32(_mm512_permutexvar_epi16(turns, halves));
+#else
   return round_to_bf16(x[0]) >> 16 | (round_to_bf16(x[1]) & 0xffff0000);
+#endif
 }
 inline Bits16 narrow_vectors(const Vec<float>* x, Fp16*) {
 #if defined(__AVX512F__)
