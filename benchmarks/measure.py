@@ -82,18 +82,20 @@ def take_turns(
     """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
 
     All take part in every turn, so that a slow moment of the machine hits all. There are ``rounds`` turns, or as many
-    as the slowest run makes in ``seconds``; a faster one makes up to 20 calls a turn, for as long as its share of the
-    ``seconds`` lasts. The first call of each run is a warm-up and not counted; on a GPU, where the pause before a
-    measurement follows from it, the first two.
+    as the slowest run makes in ``seconds``. Where these are few, a faster run makes up to 20 calls a turn, for as long
+    as its share of the ``seconds`` lasts. Where they are many, as with short calls, every run makes one call a turn: so
+    each finds the processor's caches full of another one's code and data, as the one loss of a training step does. The
+    first two calls of each run are a warm-up and not counted.
     """
+    warm, many = 2, 50
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    warm = 2 if device.type == "cuda" else 1
     calls = dict.fromkeys(runs, warm)
     usual = {name: min(wall_seconds(run, k, device) for k in range(warm)) for name, run in runs.items()}
     turns = max(rounds, int(seconds / max(5e-3, *usual.values())), 1)
     for _ in range(turns):
         for name, run in runs.items():
-            for _ in range(min(20, max(1, int(seconds / turns / usual[name])))):
+            calls_a_turn = 1 if turns >= many else min(20, max(1, int(seconds / turns / usual[name])))
+            for _ in range(calls_a_turn):
                 wall = wall_seconds(run, calls[name], device)
                 calls[name] += 1
                 times[name][1].append(wall)

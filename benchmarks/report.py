@@ -296,14 +296,16 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
 
 {missing}- *floor*: the larger of two times. Memory: every valid input row read once and every gradient element written
   once, at the best bandwidth of plain streams with that mix of reads and writes, measured in the same run.
-  Arithmetic: the operations of the formulas at the rate of a large matrix product in the dtype or in fp32,
-  whichever is faster, measured in the same run.
+  Arithmetic: the operations of the formulas at the rate of a large matrix product in the dtype or in fp32, or on a
+  CPU of a convolution in fp32, whichever is fastest, measured in the same run (rows of 2026-11-27 and before on an
+  Intel processor, and all of AVX2's EPYC: of the matrix product alone).
 - *best rival*: the fastest right one of the eager forms, the public implementations' forms, and these under
   torch.compile. To save time only a full run times them all; a default run leaves out the slowest two eager forms and
   compiles one or two, those that full runs on a CPU found the best. README.md says how many rivals a figure stands on.
 - Every version is checked against float64 on the benchmark's own input first. One that is wrong is not timed.
-- Versions take turns in one process. Inputs rotate, so that none is found in the last-level cache. Times are medians;
-  warm-up and compile time are not in them.
+- Versions take turns in one process; where calls are short, one call each, so that none finds its own code in the
+  caches. Inputs rotate, so that none is found in the last-level cache. Times are medians; warm-up and compile time are
+  not in them.
 - On a CPU the C library is told to keep freed memory, as allocators made for training do. With glibc's defaults the
   page faults of every new tensor come on top, for ours and for the rivals: rows marked (default malloc).
 - Rows during which other processes took more than {QUIET:.0%} of the CPU time, or beside which the processor gave less

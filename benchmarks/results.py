@@ -146,9 +146,14 @@ def commit() -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{name[1] if name else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if info.exists():
+        said = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", info.read_text(), re.MULTILINE))
+        name = said.get("model name", name)
+        if "cpu family" in said and not re.search(r"\d", name):  # a virtual machine hides which processor it is
+            name += f" family {said['cpu family']} model {said['model']}"
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def versions(device: torch.device) -> str:

@@ -24,6 +24,7 @@ sys.path.append(str(ROOT))
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of an installed package")
 
 from benchmarks import cases, gpu_report, measure, providers, results, runner, steps  # noqa: E402
+from benchmarks import floor as floor_module  # noqa: E402
 from benchmarks.floor import Machine, Stream  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
 
@@ -113,10 +114,16 @@ def test_floor_mixes_streams():
     assert Machine([Stream("add", 2, 1, 1.0)], CPU).stream_seconds(4, 2) == pytest.approx(2.0)
 
 
-def test_peak_is_measured():
-    """Twice the multiply-adds of a matrix product a second: between a small and an absurd number."""
+def test_peak_is_measured(monkeypatch):
+    """Twice the multiply-adds a second of the fastest of them: between a small and an absurd number."""
     machine = Machine([], CPU)
     assert 1e8 < machine.peak(torch.float32) <= machine.peak(torch.bfloat16) < 1e15
+    products = {torch.float32: 2.0, torch.bfloat16: 3.0}
+    monkeypatch.setattr(floor_module, "_product_rate", lambda dtype, device, size=None: products[dtype])
+    for convolution, fp32, bf16 in ((1.0, 2.0, 3.0), (2.5, 2.5, 3.0), (4.0, 4.0, 4.0)):
+        monkeypatch.setattr(floor_module, "_convolution_rate", lambda rate=convolution: rate)
+        machine = Machine([], CPU)
+        assert (machine.peak(torch.float32), machine.peak(torch.bfloat16)) == (fp32, bf16)
 
 
 @pytest.mark.parametrize("padding", [0.3, 0.6])
@@ -158,8 +165,11 @@ def test_runs_take_turns(monkeypatch):
     times = measure.take_turns({"slow": calls("slow", 2**-5), "fast": calls("fast", 2**-9)}, CPU, 2**-3, 3)
     assert times == {name: ([seconds] * count,) * 2 for name, seconds, count in
                      (("slow", 2**-5, 4), ("fast", 2**-9, 4 * 16))}  # fmt: skip
-    turns = [(name, len(list(calls))) for name, calls in itertools.groupby(seen[2:])]  # after the warm-up
+    turns = [(name, len(list(calls))) for name, calls in itertools.groupby(seen[4:])]  # after the warm-up
     assert turns == [("slow", 1), ("fast", 16)] * 4
+    seen.clear()
+    measure.take_turns({"slow": calls("slow", 2**-9), "fast": calls("fast", 2**-12)}, CPU, 2**-1, 3)
+    assert seen[4:] == ["slow", "fast"] * 100, "short calls alternate one by one"
     least = measure.take_turns({"a": calls("a", 1.0), "b": calls("b", 1.0)}, CPU, 0.0, 40)
     assert [len(wall) for _, wall in least.values()] == [40, 40]
 
