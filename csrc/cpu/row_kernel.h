@@ -215,8 +215,9 @@ class RowKernel {
       const double weight_k = row_weight(p, position + k);
       if (weight_k == 0) continue;
       const A share = A(weight_k / mean_total);
-      gather_row(layer, type, spare, position + k);
-      for (int64_t d = 0; d < width; ++d) own[d] += share * spare[d];
+      with_type(type, [&]<class T>(T*) {
+        add_row(reinterpret_cast<const T*>(row_of(layer, position + k)), share, own, p.D);
+      });
     }
   }
 
@@ -551,6 +552,7 @@ class RowKernel {
 
   void spread(char* sequence, Dtype type, const A* pooled, int64_t position) {
     const int64_t bytes = p.D * dtype_size(type);
+    double weight_of_spare = 0;
     for (int64_t k = 0; k < p.seq; ++k) {
       const double weight_k = row_weight(p, position + k);
       char* row = sequence + k * bytes;
@@ -558,8 +560,11 @@ class RowKernel {
         zero_gradient(row, bytes);
         continue;
       }
-      const A share = A(weight_k / mean_total);
-      for (int64_t d = 0; d < width; ++d) spare[d] = share * pooled[d];
+      if (weight_k != weight_of_spare) {  // a mask's weights are all equal
+        const A share = A(weight_k / mean_total);
+        for (int64_t d = 0; d < width; ++d) spare[d] = share * pooled[d];
+        weight_of_spare = weight_k;
+      }
       write_row(row, type, spare);
     }
   }

@@ -266,6 +266,20 @@ void unpack(const T* row, A* out, int64_t width, int64_t D) {
   for (; d < width; ++d) out[d] = 0;
 }
 
+// out += share * row, for D elements of a row that others follow
+template <class A, class T>
+void add_row(const T* row, A share, A* out, int64_t D) {
+  constexpr int W = kWidth<A>;
+  constexpr int64_t kAhead = 6144 / sizeof(T);  // as far as rows have to be fetched ahead at a memory's full speed
+  int64_t d = 0;
+  if constexpr (sizeof(A) == 4 && sizeof(T) <= 4)
+    for (; d + W <= D; d += W) {
+      __builtin_prefetch(row + d + kAhead, 0, 3);
+      store(out + d, load<Vec<A>>(out + d) + load_wide(row + d, 0) * share);
+    }
+  for (; d < D; ++d) out[d] += share * A(widen(row[d]));
+}
+
 // Write scratch to a gradient row of D elements, each rounded to nearest even.
 template <class A, class T>
 void pack(const A* in, T* row, int64_t D, bool past_caches) {
