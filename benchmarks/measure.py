@@ -77,25 +77,29 @@ def gpu_seconds(run: Run, call: int, head_start: float = 1e-3) -> float:
 
 
 def take_turns(
-    runs: dict[str, Run], device: torch.device, seconds: float, rounds: int
+    runs: dict[str, Run], device: torch.device, seconds: float, rounds: int, cold: bool = False
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Time the runs in turns; return per run its times (on the device) and its wall times, which a CPU shares.
 
     All take part in every turn, so that a slow moment of the machine hits all. There are ``rounds`` turns, or as many
-    as the slowest run makes in ``seconds``. Where these are few, a faster run makes up to 20 calls a turn, for as long
-    as its share of the ``seconds`` lasts. Where they are many, as with short calls, every run makes one call a turn: so
-    each finds the processor's caches full of another one's code and data, as the one loss of a training step does. The
-    first two calls of each run are a warm-up and not counted.
+    as the slowest run makes in ``seconds``; a faster one makes up to 20 calls a turn, for as long as its share of the
+    ``seconds`` lasts. The first two calls of each run are a warm-up and not counted.
+
+    cold: one call a turn, and before each the processor's caches are filled with something else, as they are when a
+    training step comes to its loss. A short call takes twice as long then, since its code is not there either; without
+    it a time depends on which call came before.
     """
-    warm, many = 2, 50
+    warm = 2
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     calls = dict.fromkeys(runs, warm)
     usual = {name: min(wall_seconds(run, k, device) for k in range(warm)) for name, run in runs.items()}
     turns = max(rounds, int(seconds / max(5e-3, *usual.values())), 1)
+    something_else = torch.ones(cache_bytes(torch.device("cpu")) // 4) if cold else None
     for _ in range(turns):
         for name, run in runs.items():
-            calls_a_turn = 1 if turns >= many else min(20, max(1, int(seconds / turns / usual[name])))
-            for _ in range(calls_a_turn):
+            for _ in range(1 if cold else min(20, max(1, int(seconds / turns / usual[name])))):
+                if something_else is not None:
+                    something_else.sum()
                 wall = wall_seconds(run, calls[name], device)
                 calls[name] += 1
                 times[name][1].append(wall)

@@ -303,9 +303,9 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
   torch.compile. To save time only a full run times them all; a default run leaves out the slowest two eager forms and
   compiles one or two, those that full runs on a CPU found the best. README.md says how many rivals a figure stands on.
 - Every version is checked against float64 on the benchmark's own input first. One that is wrong is not timed.
-- Versions take turns in one process; where calls are short, one call each, so that none finds its own code in the
-  caches. Inputs rotate, so that none is found in the last-level cache. Times are medians; warm-up and compile time are
-  not in them.
+- Versions take turns in one process. Inputs rotate, so that none is found in the last-level cache. Before every call
+  with [CLS] rows on a CPU the caches are filled with something else: a step comes to its loss with neither its data nor
+  its code in them. Times are medians; warm-up and compile time are not in them.
 - On a CPU the C library is told to keep freed memory, as allocators made for training do. With glibc's defaults the
   page faults of every new tensor come on top, for ours and for the rivals: rows marked (default malloc).
 - Rows during which other processes took more than {QUIET:.0%} of the CPU time, or beside which the processor gave less

@@ -168,8 +168,12 @@ def test_runs_take_turns(monkeypatch):
     turns = [(name, len(list(calls))) for name, calls in itertools.groupby(seen[4:])]  # after the warm-up
     assert turns == [("slow", 1), ("fast", 16)] * 4
     seen.clear()
-    measure.take_turns({"slow": calls("slow", 2**-9), "fast": calls("fast", 2**-12)}, CPU, 2**-1, 3)
-    assert seen[4:] == ["slow", "fast"] * 100, "short calls alternate one by one"
+    runs = {"slow": calls("slow", 2**-5), "fast": calls("fast", 2**-9)}
+    assert measure.take_turns(runs, CPU, 2**-3, 3, cold=True) == {
+        "slow": ([2**-5] * 4,) * 2,
+        "fast": ([2**-9] * 4,) * 2,
+    }
+    assert seen[4:] == ["slow", "fast"] * 4
     least = measure.take_turns({"a": calls("a", 1.0), "b": calls("b", 1.0)}, CPU, 0.0, 40)
     assert [len(wall) for _, wall in least.values()] == [40, 40]
 
