@@ -297,8 +297,9 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
 {missing}- *floor*: the larger of two times. Memory: every valid input row read once and every gradient element written
   once, at the best bandwidth of plain streams with that mix of reads and writes, measured in the same run.
   Arithmetic: the operations of the formulas at the rate of a large matrix product in the dtype or in fp32, or on a
-  CPU of a convolution in fp32, whichever is fastest, measured in the same run (rows of 2026-11-27 and before on an
-  Intel processor, and all of AVX2's EPYC: of the matrix product alone).
+  CPU of a convolution in fp32, whichever is fastest, measured in the same run (in rows of commits before
+  8ecf4d4: of the matrix product alone). No plain stream of PyTorch or the C library writes as fast as stores past the
+  caches do, so rows that hardly read ("dense", "last") may take less than their floor.
 - *best rival*: the fastest right one of the eager forms, the public implementations' forms, and these under
   torch.compile. To save time only a full run times them all; a default run leaves out the slowest two eager forms and
   compiles one or two, those that full runs on a CPU found the best. README.md says how many rivals a figure stands on.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism, set_seed
 
 from ..api import ALPOutput
@@ -31,6 +31,16 @@ from .teacher_parts import Inputs, Rows, run_in_parts, whole_outputs
 LOSS_NAME = "alp_loss"  # the student's submodule that holds what the loss learns
 LOSS_FILE = "alp_loss.safetensors"
 ATTENTION = "layer_attention"
+
+
+class _FreshLog(TrainerCallback):
+    """Drops what a run left that was interrupted, or that starts over with smaller batches."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._log = StepLog()
 
 
 class DistillationTrainer(LengthGroupedTrainer):
@@ -105,6 +115,7 @@ class DistillationTrainer(LengthGroupedTrainer):
                 "torchrun --nproc_per_node=GPUS, or accelerate launch"
             )
         self._check_optimizer()
+        self.add_callback(_FreshLog(self))
         self.teacher = self._frozen(teacher)
         self._student_inputs = input_names(self.model)
         self._teacher_inputs = input_names(teacher)

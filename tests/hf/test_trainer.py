@@ -170,6 +170,23 @@ def test_logs_are_means_whatever_the_data_ends_with(accumulation, rows, tmp_path
     torch.testing.assert_close(trainer.layer_attention.sum(-1), torch.ones(2), rtol=1e-4, atol=1e-4)
 
 
+def test_interrupted_run_leaves_nothing_in_the_logs_of_the_next(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, method="alp", arguments={"max_steps": 3, "logging_steps": 3})
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    assert log["loss"] == pytest.approx(0.5 * log["ce"] + 0.5 * log["kd"] + log["alp"], rel=1e-4)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "token"])
 def test_bf16_autocast_is_near_fp32(pooling, tmp_path):
     logs = []
