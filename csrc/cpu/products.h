@@ -179,7 +179,7 @@ ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, int64_t 
   int j = 0;
   const auto tile = [&](auto count) {
 #if defined(__AVX512BF16__)
-    if constexpr (kSpan<S> == 2) {
+    if constexpr (sizeof(A) == 4 && kSpan<S> == 2) {
       if (o.from_x != nullptr) {
         if (j == 0)
           dots_tile_bf16<kI, count.value, true>(o.x + i, o.from_x + i, o.t, width, sums);
