@@ -1,6 +1,9 @@
 """What is shipped: the sources are complete, a wheel holds one package, and it works without a compiler."""
 
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +94,25 @@ alpkd_fast.info.main()
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, env=environment, capture_output=True)
+
+
+def other_compilers():
+    """Those beside the default that README promises to work with, by their names with a version."""
+    files = (path for folder in os.get_exec_path() for path in Path(folder).glob("*++-*"))
+    found = {name[0]: name for file in files if (name := re.fullmatch(r"(g|clang)\+\+-(\d+)", file.name))}
+    return sorted(name for name, parts in found.items() if int(parts[2]) >= {"g": 11, "clang": 14}[parts[1]])
+
+
+@pytest.mark.parametrize("compiler", other_compilers() or [pytest.param("", marks=pytest.mark.skip("none is here"))])
+def test_other_compilers_take_the_row_kernels(compiler):
+    if not (ROOT / "setup.py").exists() or platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("needs the sources, and an x86-64 processor's instruction sets")
+    script = (
+        "import json, runpy, sys; sys.argv = ['setup.py', '-q', '--version'];"
+        "print(json.dumps(runpy.run_path('setup.py')['INSTRUCTION_SET_FLAGS']))"
+    )
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for source, flags in json.loads(said.splitlines()[-1]).items():
+        command = [compiler, "-std=c++20", "-Icsrc", *flags, "-fsyntax-only", f"csrc/cpu/{source}"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
