@@ -82,7 +82,9 @@ struct Operands {
   const S* const* from_x = nullptr;  // [m]
 };
 
-template <int kI, int kJ, bool kFirst, class A, class S>
+// kFirst: x's elements come from hidden states and go to scratch. kPairs: they come from there too, and are multiplied
+// as they are, two columns an instruction.
+template <int kI, int kJ, bool kFirst, bool kPairs, class A, class S>
 ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* teachers, int64_t width, Vec<A>* sums) {
   constexpr int W = kWidth<A>;
   // Local copies, which no store can change as far as the compiler knows.
@@ -92,7 +94,7 @@ ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* 
   ALP_UNROLL
   for (int i = 0; i < kI; ++i) {
     x[i] = rows[i];
-    if constexpr (kFirst) from_x[i] = from[i];
+    if constexpr (kFirst || kPairs) from_x[i] = from[i];
   }
   ALP_UNROLL
   for (int j = 0; j < kJ; ++j) {
@@ -101,69 +103,42 @@ ALP_INLINE void dots_tile(A* const* rows, const S* const* from, const S* const* 
     for (int i = 0; i < kI; ++i) acc[j][i] = Vec<A>{};
   }
   for (int64_t d = 0; d < width; d += kSpan<S> * W) {
-    ALP_UNROLL
-    for (int v = 0; v < kSpan<S>; ++v) {
-      Vec<A> b_x[kI];
+    if constexpr (kPairs) {
+      decltype(load_pairs(from_x[0])) b_x[kI];
       ALP_UNROLL
       for (int i = 0; i < kI; ++i) {
+        b_x[i] = load_pairs(from_x[i] + d);
         if constexpr (kFirst) {
-          b_x[i] = load_wide(from_x[i] + d, v);
-          store(x[i] + d + v * W, b_x[i]);
-        } else {
-          b_x[i] = load<Vec<A>>(x[i] + d + v * W);
+          store(x[i] + d, load_wide(from_x[i] + d, 0));
+          store(x[i] + d + W, load_wide(from_x[i] + d, 1));
         }
       }
       ALP_UNROLL
       for (int j = 0; j < kJ; ++j) {
-        const Vec<A> b_t = load_wide(t[j] + d, v);
+        const auto b_t = load_pairs(t[j] + d);
         ALP_UNROLL
-        for (int i = 0; i < kI; ++i) acc[j][i] += b_x[i] * b_t;
+        for (int i = 0; i < kI; ++i) acc[j][i] = add_products(acc[j][i], b_x[i], b_t);
       }
-    }
-  }
-  ALP_UNROLL
-  for (int j = 0; j < kJ; ++j) {
-    ALP_UNROLL
-    for (int i = 0; i < kI; ++i) sums[j * kI + i] = acc[j][i];
-  }
-}
-
-#if defined(__AVX512BF16__)
-// The same where both sides are hidden states in bf16. Their products are exact in fp32; an instruction adds up those
-// of two columns.
-template <int kI, int kJ, bool kFirst>
-ALP_INLINE void dots_tile_bf16(float* const* rows, const PairedBf16* const* from, const PairedBf16* const* teachers,
-                               int64_t width, Vec<float>* sums) {
-  constexpr int W = kWidth<float>;
-  float* x[kI];
-  const PairedBf16 *from_x[kI], *t[kJ];
-  Vec<float> acc[kJ][kI];
-  ALP_UNROLL
-  for (int i = 0; i < kI; ++i) {
-    x[i] = rows[i];
-    from_x[i] = from[i];
-  }
-  ALP_UNROLL
-  for (int j = 0; j < kJ; ++j) {
-    t[j] = teachers[j];
-    ALP_UNROLL
-    for (int i = 0; i < kI; ++i) acc[j][i] = Vec<float>{};
-  }
-  for (int64_t d = 0; d < width; d += 2 * W) {
-    Pairs b_x[kI];
-    ALP_UNROLL
-    for (int i = 0; i < kI; ++i) {
-      b_x[i] = load<Pairs>(from_x[i] + d);
-      if constexpr (kFirst) {
-        store(x[i] + d, load_wide(from_x[i] + d, 0));
-        store(x[i] + d + W, load_wide(from_x[i] + d, 1));
-      }
-    }
-    ALP_UNROLL
-    for (int j = 0; j < kJ; ++j) {
-      const Pairs b_t = load<Pairs>(t[j] + d);
+    } else {
       ALP_UNROLL
-      for (int i = 0; i < kI; ++i) acc[j][i] = add_products(acc[j][i], b_x[i], b_t);
+      for (int v = 0; v < kSpan<S>; ++v) {
+        Vec<A> b_x[kI];
+        ALP_UNROLL
+        for (int i = 0; i < kI; ++i) {
+          if constexpr (kFirst) {
+            b_x[i] = load_wide(from_x[i] + d, v);
+            store(x[i] + d + v * W, b_x[i]);
+          } else {
+            b_x[i] = load<Vec<A>>(x[i] + d + v * W);
+          }
+        }
+        ALP_UNROLL
+        for (int j = 0; j < kJ; ++j) {
+          const Vec<A> b_t = load_wide(t[j] + d, v);
+          ALP_UNROLL
+          for (int i = 0; i < kI; ++i) acc[j][i] += b_x[i] * b_t;
+        }
+      }
     }
   }
   ALP_UNROLL
@@ -172,28 +147,18 @@ ALP_INLINE void dots_tile_bf16(float* const* rows, const PairedBf16* const* from
     for (int i = 0; i < kI; ++i) sums[j * kI + i] = acc[j][i];
   }
 }
-#endif
 
 template <int kI, class A, class S>
 ALP_TILE_FUNCTION void dots_rows(const Operands<A, S>& o, int i, int n, int64_t width, Vec<A>* sums, Ahead& ahead) {
   int j = 0;
   const auto tile = [&](auto count) {
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(A) == 4 && kSpan<S> == 2) {
-      if (o.from_x != nullptr) {
-        if (j == 0)
-          dots_tile_bf16<kI, count.value, true>(o.x + i, o.from_x + i, o.t, width, sums);
-        else
-          dots_tile_bf16<kI, count.value, false>(o.x + i, o.from_x + i, o.t + j, width, sums + j * kI);
-        j += count.value;
-        return;
-      }
-    }
-#endif
-    if (o.from_x != nullptr && j == 0)
-      dots_tile<kI, count.value, true>(o.x + i, o.from_x + i, o.t, width, sums);
+    constexpr bool kPairs = kPairProducts<A, S>;
+    if (o.from_x == nullptr)
+      dots_tile<kI, count.value, false, false>(o.x + i, o.from_x, o.t + j, width, sums + j * kI);
+    else if (j == 0)
+      dots_tile<kI, count.value, true, kPairs>(o.x + i, o.from_x + i, o.t, width, sums);
     else
-      dots_tile<kI, count.value, false>(o.x + i, o.from_x, o.t + j, width, sums + j * kI);
+      dots_tile<kI, count.value, false, kPairs>(o.x + i, o.from_x + i, o.t + j, width, sums + j * kI);
     j += count.value;
   };
   while (j + ALP_TILE_J <= n) {

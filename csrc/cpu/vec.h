@@ -186,11 +186,15 @@ inline Vec<float> load_wide(const Fp16* p, int v) {
 #endif
 }
 
+// Whether an instruction multiplies two columns of rows of S and adds both to a sum in A. Products of bf16 are exact.
+template <class A, class S>
+constexpr bool kPairProducts = false;
 #if defined(__AVX512BF16__)
-typedef __m512bh Pairs;  // a vector's pairs of bf16
+template <>
+constexpr bool kPairProducts<float, PairedBf16> = true;
 
-// sums + products of the even columns + products of the odd ones; subnormal numbers count as 0
-inline Vec<float> add_products(Vec<float> sums, Pairs x, Pairs y) {
+inline __m512bh load_pairs(const PairedBf16* p) { return load<__m512bh>(p); }
+inline Vec<float> add_products(Vec<float> sums, __m512bh x, __m512bh y) {  // subnormal numbers count as 0
   return Vec<float>(_mm512_dpbf16_ps(__m512(sums), x, y));
 }
 #endif
