@@ -135,8 +135,8 @@ def test_shapes(m, n, D, options):
 
 # Emulated devices with ever less shared memory: teams of 1, 2 and 4 warps, with 4 a row in parts. Those of capability 8
 # copy 16 bytes at a time.
-DEVICES = {"roomy": "0", "20KiB": "1", "14KiB": "2", "10KiB": "3", "sm_80": "6", "sm_80-14KiB": "7"}
-DEVICES_OF_MANY_LAYERS = {"roomy": "0", "20KiB": "4", "14KiB": "5", "10KiB": "1", "sm_80": "6", "sm_80-14KiB": "8"}
+DEVICES = {"roomy": "0", "20KiB": "1", "14KiB": "2", "12KiB": "3", "sm_80": "6", "sm_80-14KiB": "7"}
+DEVICES_OF_MANY_LAYERS = {"roomy": "0", "20KiB": "4", "14KiB": "5", "12KiB": "10", "sm_80": "6", "sm_80-14KiB": "8"}
 KERNEL_OF = {F32: "alp_vector", BF16: "alp_matrix", F16: "alp_matrix"}
 ROW_WEIGHTS = torch.tensor([0, 1, 0.5, 2, 0, 1, 1, 0.25, 1, 0, 1, 3, 1])
 
@@ -258,6 +258,27 @@ def test_order_of_warps_does_not_matter_where_they_take_rows(monkeypatch, order,
     check(student, teacher, ROW_WEIGHTS, **options)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("roomy", F32), ("20KiB", F32), ("14KiB", F32), ("sm_80", F32)]
+    + [(device, BF16) for device in ("roomy", "20KiB", "14KiB", "12KiB", "sm_80")],
+)
+def test_who_takes_a_dealt_row_does_not_matter(monkeypatch, device, dtype):
+    """More than four rows to a team: the last fifth goes to whichever team asks, some of them of weight 0."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES[device])
+    student, teacher = states(3, (121,), 96, dtype), states(12, (121,), 96, dtype, 1)
+    weights = torch.arange(121) % 4 / 2.0
+    options = {"scale": torch.tensor(0.3), "teacher_grad": False}
+    launched()
+    monkeypatch.setenv("ALPKD_EMULATION_ORDER", "forward")
+    first = evaluate(emulated, student, teacher, weights, **options)
+    assert launched()[0] == KERNEL_OF[dtype]
+    monkeypatch.setenv("ALPKD_EMULATION_ORDER", "backward")
+    for name, value in evaluate(emulated, student, teacher, weights, **options).items():
+        assert torch.equal(value, first[name]), name
+    check(student, teacher, weights, **options)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_matrix_kernel_close_to_the_teacher(dtype):
     """The residual of a student that has learned is small beside the rows; its loss must not drown in them."""
@@ -329,7 +350,7 @@ def test_a_card_with_little_shared_memory(monkeypatch):
 
 
 def test_what_no_block_can_hold_is_refused(monkeypatch):
-    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES["10KiB"])
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", "11")
     with pytest.raises(RuntimeError, match=r"64 student and 8 teacher layers .* of shared memory.* has 10240"):
         emulated(make_problem(states(64, (1,), 64, F64), states(8, (1,), 64, F64, 1)))
 

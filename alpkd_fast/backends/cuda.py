@@ -71,7 +71,7 @@ def has_kernel_for(problem: Problem) -> bool:
     if first.dtype not in (torch.float16, torch.bfloat16) or D % 32 != 0 or len(groups) > 4 or m > 16 or n > 32:
         return False
     M, N = _up(m, 8), _up(n, 16)
-    scratch = 4 * (2 * M * N + N * (N + 4))  # matrix_scratch
+    scratch = 4 * (2 * M + N) * (N + 4) + (4 * M * (2 * N + 4) if M > 8 else 0)  # matrix_scratch, of teams of one warp
     # Rows of which shared memory does not hold two are taken in parts, but not those of several groups.
     return len(groups) <= 1 or _row_bytes(*active, 2 * D, 2, scratch) <= _shared_bytes(first.device)
 
@@ -86,7 +86,7 @@ def _groups(problem: Problem) -> Counter[tuple[int, ...]]:
 
 def _row_bytes(ms: int, ns: int, layer: int, teams: int, scratch: int) -> int:
     """RowLayout of csrc/cuda/row_pipeline.cuh: the shared memory of teams of one warp that hold a row each."""
-    before = _up(4 * ms, 128) + _up(40 * (ms + ns), 128) + teams * (4 * 24 + 8 * (2 * ms + 1) + 8)
+    before = _up(40 + 16 * teams * (2 * ms + 1) + 4 * ms, 128) + _up(40 * (ms + ns), 128) + teams * (4 * 24 + 8)
     return _up(before, 128) + teams * (_up(scratch, 128) + (ms + ns) * (layer + 16))
 
 

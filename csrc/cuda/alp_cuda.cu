@@ -20,12 +20,12 @@
 
 namespace alp::cuda {
 
-// Counters that are 0 whenever no kernel is using them, one set per device.
+// Pairs of counters that are 0 whenever no kernel is using them, one set per device.
 constexpr int kTickets = 16384;
 #if defined(__CUDACC__)
-__device__ unsigned tickets[kTickets];
+__device__ unsigned tickets[2 * kTickets];
 #else
-unsigned tickets[kTickets];
+unsigned tickets[2 * kTickets];
 #endif
 
 namespace {
@@ -54,12 +54,12 @@ unsigned* find_ticket(const char* name, const Device& device, cudaStream_t strea
     }
   }
   if (slot < 0) {
-    check(cudaMemsetAsync(fallback, 0, sizeof *fallback, stream), name, "cudaMemsetAsync");
+    check(cudaMemsetAsync(fallback, 0, 2 * sizeof *fallback, stream), name, "cudaMemsetAsync");
     return fallback;
   }
   void* base = nullptr;
   check(cudaGetSymbolAddress(&base, tickets), name, "cudaGetSymbolAddress");
-  return static_cast<unsigned*>(base) + slot;
+  return static_cast<unsigned*>(base) + 2 * slot;
 }
 
 template <class T>
@@ -84,7 +84,7 @@ struct Plan {
   void (*kernel)(const P);
   int threads, columns;
   int64_t shared, scratch;
-  int team = 1, stages = 1;      // of the kernels that take whole rows
+  int team = 0, stages = 0;      // of the kernels that take whole rows
   int pairs_m = 0, pairs_n = 0;  // of the vector kernel
 };
 
@@ -169,22 +169,24 @@ std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call&
   const Largest most = largest_group(call.map);
   const size_t groups = call.map.groups.size();
   if (D % kUnit != 0 || most.m > 16 || most.n > 32 || groups > 4) return std::nullopt;
-  const int kM = (most.m + 7) / 8, kN = (most.n + 15) / 16, most_warps = matrix_warps(kM, kN);
-  const int64_t scratch = matrix_scratch(kM, kN);
+  const int kM = (most.m + 7) / 8, kN = (most.n + 15) / 16;
   auto bytes = [&](int64_t columns, int warps, int team, int stages) {
-    return RowLayout(p.ms, p.ns, int(columns), 2, warps, team, stages, scratch).bytes;
+    return RowLayout(p.ms, p.ns, int(columns), 2, warps, team, stages, matrix_scratch(kM, kN, team)).bytes;
   };
 
-  int teams = most_warps;  // of one warp
+  int teams = kMatrixWarps;  // of one warp
   while (teams > 0 && bytes(D, teams, 1, 1) > device.shared_bytes) --teams;
   int team, warps, stages = 1;
   int64_t columns = D;
   if (few_rows(device, p) && bytes(D, 8, 8, 1) <= device.shared_bytes) {
     team = warps = 8;  // one row after the other, as quickly as a multiprocessor can
   } else if (teams >= 2) {
-    // Enough teams that copies never stop; fewer warps wait less for each other.
-    team = teams >= 8 ? 1 : 2;
-    warps = most_warps / team * team;
+    // Enough rows at a time that copies never stop, but not so many that their copies hinder each other.
+    constexpr int kEnough = 6;
+    constexpr int64_t kMostBytes = 176 << 10;
+    team = teams >= kEnough ? 1 : 2;
+    warps = team == 1 ? teams : kMatrixWarps;
+    while (team == 1 && warps > kEnough && warps * 2 * D * (p.ms + p.ns) > kMostBytes) --warps;
     while (warps > 0 && bytes(D, warps, team, 1) > device.shared_bytes) warps -= team;
     if (warps == 0) return std::nullopt;
   } else {
@@ -271,13 +273,20 @@ void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan
 
   const int resident = resident_blocks(plan.name, plan.kernel, device, plan.threads, plan.shared);
   const int64_t grid = std::clamp<int64_t>(p.weights.rows, 1, int64_t(resident) * device.multiprocessors);
+  // Rows take different times: the last fifth is dealt out to the teams that are ahead.
+  const int64_t rows = p.weights.rows;
+  const bool deals = plan.team > 0 && rows > 4 * grid * (plan.threads / kWarpSize / plan.team);
+  p.fixed_rows = deals ? rows - rows / 5 : rows;
+  p.dealt_count = rows - p.fixed_rows;
   const int64_t sums = 2 * kWeightParts, partials = grid * (2 * int64_t(p.m) + 1);
-  const int64_t doubles = 2 + sums + partials + grid * plan.scratch / 8;
+  const int64_t dealt = wanted_sums(p) * p.dealt_count;
+  const int64_t doubles = 2 + sums + partials + dealt + grid * plan.scratch / 8;
   Tensor workspace = new_tensor(call.first, {doubles}, ScalarType::Double);
   double* memory = pointer<double>(workspace);
   p.ticket = find_ticket(plan.name, device, stream, reinterpret_cast<unsigned*>(memory));
-  p.partials = memory + 2 + sums + grid * plan.scratch / 8;
-  p.scratch = plan.scratch > 0 ? reinterpret_cast<char*>(memory + 2 + sums) : nullptr;
+  p.dealt_sums = memory + 2 + sums;
+  p.partials = p.dealt_sums + dealt + grid * plan.scratch / 8;
+  p.scratch = plan.scratch > 0 ? reinterpret_cast<char*>(p.dealt_sums + dealt) : nullptr;
   p.scratch_bytes = plan.scratch;
 
   // Up to 2 Ki weights every block adds up by itself; more are worth a launch of their own.

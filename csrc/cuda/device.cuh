@@ -30,8 +30,24 @@ ALP_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// A value that is not known before this point: what only rare rows need shall not be computed ahead and kept for all.
+ALP_DEVICE int not_before(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+ALP_DEVICE int64_t not_before(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 ALP_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 ALP_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+// 1 / value, for one that is neither tiny nor huge
+ALP_DEVICE float reciprocal(float value) {
+  float close;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(close) : "f"(value));
+  return close * (2 - value * close);
+}
 ALP_DEVICE float bf16_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 ALP_DEVICE float fp16_to_float(uint16_t bits) {
   float value;
@@ -54,6 +70,7 @@ ALP_DEVICE unsigned take_ticket(unsigned* ticket, unsigned count) {
   __threadfence();
   return atomicInc(ticket, count - 1);
 }
+ALP_DEVICE unsigned take_number(unsigned* next) { return atomicAdd(next, 1u); }
 ALP_DEVICE void acquire() { __threadfence(); }
 ALP_DEVICE double load_uncached(const double* from) { return __ldcg(from); }
 
@@ -64,6 +81,7 @@ ALP_DEVICE Bytes16 load16(const void* from) {
   const uint4 v = *static_cast<const uint4*>(from);
   return {v.x, v.y, v.z, v.w};
 }
+ALP_DEVICE void store16(void* to, Bytes16 v) { *static_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w); }
 // Written once, not read again by this kernel: past the caches' hot lines.
 ALP_DEVICE void store16_streaming(void* to, Bytes16 v) {
   __stcs(static_cast<uint4*>(to), make_uint4(v.x, v.y, v.z, v.w));
@@ -155,16 +173,40 @@ ALP_DEVICE void load_matrices_transposed(uint32_t (&out)[4], SharedPointer row) 
                : "memory");
 }
 
+// The reverse: lane l names where row l % 8 of matrix l / 8 goes, each somewhere else.
+ALP_DEVICE void store_matrices(SharedPointer row, const uint32_t (&words)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+#else
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shuffle(row, 8 * k + lane / 4) + 4 * (lane % 4)), "r"(words[k])
+                 : "memory");
+#endif
+}
+
+// An 8×8 matrix, of which lane l holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, by columns in place of rows.
+ALP_DEVICE uint32_t transposed(uint32_t word) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
+  return out;
+}
+
 // d (16×8) += a (16×16) b (16×8), in fp32
 template <bool kBf16>
 ALP_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (kBf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

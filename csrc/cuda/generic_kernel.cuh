@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(kGenericThreads) alp_generic(const __grid_cons
   const Constants constants = find_constants(p, at.shared);
   GenericKernel<A, P>(p, constants, at).run();
   sync_block();
-  finish<A>(p, constants, at.totals);
+  finish<A, 4>(p, constants, at.totals);
 }
 
 }  // namespace alp::cuda

@@ -50,8 +50,11 @@ struct Problem {
   void *loss, *layer_losses, *attention, *entropy, *grad_factor, *d_scale;  // attention, entropy: null without details
 
   double* partials;  // (grid, 2m + 1): Σμ|e|² and Σμ·entropy of each slot, the scale's gradient
-  unsigned* ticket;  // how many blocks have finished; 0 before and after
-  char* scratch;     // (grid, scratch_bytes) for what shared memory does not hold, or null
+  unsigned* ticket;  // how many blocks have finished, how many rows were dealt; 0 before and after
+  // Rows from fixed_rows on are dealt out as the kernels of whole rows go; their sums: (wanted, dealt_count)
+  int64_t fixed_rows, dealt_count;
+  double* dealt_sums;
+  char* scratch;  // (grid, scratch_bytes) for what shared memory does not hold, or null
   int64_t scratch_bytes;
   int columns;           // of a row that shared memory holds at a time
   int team, stages;      // of whole rows: warps that share one, and parts of rows in shared memory at a time

@@ -57,9 +57,9 @@ struct Row {
 
 // For a whole warp: every lane gets the row.
 ALP_DEVICE Row find_row(const Weights& w, int64_t r) {
-  const int lane = thread_index() % kWarpSize;
   const int64_t first = r * w.seq;
   if (w.pooling == Pooling::token || w.pooling == Pooling::cls) return {position_weight(w, first), 0, first};
+  const int lane = not_before(thread_index() % kWarpSize);
   if (w.pooling == Pooling::last) {
     int64_t last = -1;
 #pragma unroll 1
@@ -166,6 +166,8 @@ ALP_DEVICE const char* row_of(const Layer& layer, int64_t r) {
 
 // Zeros at any alignment, by the threads lane, lane + lanes, …
 ALP_DEVICE void zero_bytes(char* at, int64_t bytes, int lane, int lanes) {
+  lane = not_before(lane);
+  bytes = not_before(bytes);
   if ((reinterpret_cast<uintptr_t>(at) | uintptr_t(bytes)) % 16 == 0) {
 #pragma unroll 1
     for (int64_t k = lane; k < bytes / 16; k += lanes) store16_streaming(at + 16 * k, {0, 0, 0, 0});
@@ -175,9 +177,35 @@ ALP_DEVICE void zero_bytes(char* at, int64_t bytes, int lane, int lanes) {
   }
 }
 
-// Adds up the partial sums of all blocks, in the last one that gets here. Every block passes once, after a
-// barrier behind its partial sums; shared: 2ms + 1 doubles. Sums over blocks are in a fixed order.
-template <class A, class P>
+// A row's sums are ms losses, ms entropies and the scale's gradient; the wanted ones by number, and their places.
+template <class P>
+ALP_HOST_DEVICE int wanted_sums(const P& p) {
+  return (p.entropy != nullptr ? 2 : 1) * p.ms + (p.scale_grad ? 1 : 0);
+}
+template <class P>
+ALP_DEVICE int place_of_sum(const P& p, int k) {
+  return k < (p.entropy != nullptr ? 2 : 1) * p.ms ? k : 2 * p.ms;
+}
+
+// The sum of count doubles, by a warp, in a fixed order; kAtATime loads are under way at a time.
+template <int kAtATime>
+ALP_DEVICE double warp_sum_of(const double* from, int64_t count, int64_t stride) {
+  double sum = 0;
+  for (int64_t b = thread_index() % kWarpSize; b < count; b += kAtATime * kWarpSize) {
+    double part[kAtATime];
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k)
+      part[k] = b + k * kWarpSize < count ? load_uncached(from + (b + k * kWarpSize) * stride) : 0;
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k) sum += part[k];
+  }
+  return warp_sum(sum);
+}
+
+// Adds up the partial sums of all blocks and of all dealt rows, in the last block that gets here. Every block passes
+// once, after a barrier behind its partial sums; shared: 2ms + 1 doubles, twice for each warp where rows are dealt.
+// Sums are in a fixed order.
+template <class A, int kAtATime, class P>
 ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
   unsigned* const ticket = reinterpret_cast<unsigned*>(shared);
   if (thread_index() == 0) *ticket = take_ticket(p.ticket, unsigned(grid_size()));
@@ -186,15 +214,26 @@ ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
   sync_block();
   if (!last) return;
   acquire();
+  if (thread_index() == 0) p.ticket[1] = 0;
   const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  const int pitch = 2 * p.m + 1;
-  for (int k = warp; k < 2 * p.ms + 1; k += warps) {  // losses, entropies, the scale's gradient
-    const double* of_block = p.partials + (k < p.ms ? k : k < 2 * p.ms ? p.m + k - p.ms : 2 * p.m);
-    double sum = 0;
-    for (int b = lane; b < grid_size(); b += kWarpSize) sum += load_uncached(of_block + int64_t(b) * pitch);
-    sum = warp_sum(sum);
-    if (lane == 0) shared[k] = sum;
+  // Each sum goes over the blocks and, in some shares, over the dealt rows.
+  const int sums = wanted_sums(p), pitch = 2 * p.ms + 1, shares = p.dealt_count == 0 ? 0 : max(1, warps / sums - 1);
+  for (int k = warp; k < sums * (1 + shares); k += warps) {
+    const int place = place_of_sum(p, k % sums), share = k / sums;
+    double sum;
+    if (share == 0) {
+      const int of_block = place < p.ms ? place : place < 2 * p.ms ? p.m + place - p.ms : 2 * p.m;
+      sum = warp_sum_of<kAtATime>(p.partials + of_block, grid_size(), 2 * p.m + 1);
+    } else {
+      const int64_t begin = p.dealt_count * (share - 1) / shares, end = p.dealt_count * share / shares;
+      sum = warp_sum_of<kAtATime>(p.dealt_sums + k % sums * p.dealt_count + begin, end - begin, 1);
+    }
+    if (lane == 0) shared[share * pitch + place] = sum;
   }
+  sync_block();
+  for (int k = thread_index(); k < sums; k += block_size())
+    for (int share = 1; share <= shares; ++share)
+      shared[place_of_sum(p, k)] += shared[share * pitch + place_of_sum(p, k)];
   sync_block();
   for (int i = thread_index(); i < p.m; i += block_size()) {
     const bool counts = i < p.ms && c.total != 0;
@@ -209,7 +248,7 @@ ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
   for (int i = 0; i < p.ms; ++i) loss += shared[i];
   *static_cast<A*>(p.loss) = A(loss);
   *static_cast<A*>(p.grad_factor) = A(c.factor);
-  *static_cast<A*>(p.d_scale) = A(shared[2 * p.ms] * c.factor);
+  *static_cast<A*>(p.d_scale) = A(p.scale_grad ? shared[2 * p.ms] * c.factor : 0);
 }
 
 }  // namespace alp::cuda

@@ -51,12 +51,8 @@ struct VectorKernel : RowPipeline<4, P> {
   float* const residual_products = z + pairs;            // p_ij
   float* const coefficient = residual_products + pairs;  // a_ij, then τ c_ij
 
-  double scale_gradient = 0;  // of this lane
-
   __device__ void run(const Constants& constants) {
     Rows::run(constants, [this](const Queued& row, int load) { take_row(row, load); });
-    scale_gradient = warp_sum(scale_gradient);
-    if (lane == 0) totals[2 * p.ms] = scale_gradient;
   }
 
   __device__ void take_row(const Queued& row, int load) {
@@ -71,7 +67,7 @@ struct VectorKernel : RowPipeline<4, P> {
       }
       attend(g, row, scores);
       sync_team();
-      combine<true>(g, row, tile, p.student_grad && !varies);
+      combine<true>(g, row, tile, !varies);
       if (varies) {
         sync_team();
         products(g, tile, residual_products);
@@ -82,7 +78,7 @@ struct VectorKernel : RowPipeline<4, P> {
       }
       sync_team();  // scratch memory is free again
     }
-    Rows::give_back(row, load, 0);
+    Rows::release_load();
   }
 
   // Layers behind a group's last one repeat it: their results are not used.
@@ -179,6 +175,7 @@ struct VectorKernel : RowPipeline<4, P> {
 
   // τ c_ij over a_ij
   __device__ void differentiate_softmax(const Group& g, const Queued& row) {
+    double scale_gradient = 0;
     for_each_student(g, [&](int i, int n) {
       float* const a = coefficient + i * row_pairs;
       const float* const p_i = residual_products + i * row_pairs;
@@ -194,19 +191,20 @@ struct VectorKernel : RowPipeline<4, P> {
       along = warp_sum<kLanes>(along);
       if (n > 0 && lane % kLanes == 0) scale_gradient -= double(Rows::weight_of(g, i, row)) * double(along);
     });
+    if (!p.scale_grad) return;
+    scale_gradient = warp_sum(scale_gradient);
+    if (lane == 0) totals[2 * p.ms] += scale_gradient;
   }
 
-  // x_i − Σ_j b_ij t_j over x_i, times 2w where this is the gradient; with kLoss, its square into the loss
+  // x_i − Σ_j b_ij t_j: over x_i, or times 2w to memory where this is the gradient; with kLoss, its square into the
+  // loss
   template <bool kLoss>
   __device__ void combine(const Group& g, const Queued& row, char* tile, bool gradient) {
     for (int i0 = 0; i0 < g.m; i0 += kStudents) {
       float* x[kStudents];
-      float weight[kStudents], squares[4] = {};
+      float squares[4] = {};
 #pragma unroll
-      for (int i = 0; i < kStudents; ++i) {
-        x[i] = student_row(tile, g, i0 + i);
-        weight[i] = gradient ? Rows::weight_of(g, i0 + i, row) : 1.f;
-      }
+      for (int i = 0; i < kStudents; ++i) x[i] = student_row(tile, g, i0 + i);
       for (int v = thread; v < vectors; v += kVectors * members) {
         float4 sum[kStudents][kVectors];
         int at[kVectors];  // a vector behind the last one repeats it
@@ -233,15 +231,22 @@ struct VectorKernel : RowPipeline<4, P> {
           }
         }
 #pragma unroll
-        for (int q = 0; q < kVectors; ++q) {
-          if (q > 0 && v + q * members >= vectors) continue;
+        for (int i = 0; i < kStudents; ++i) {
+          const int slot = g.first + min(i0 + i, g.m - 1);
+          char* const to = Rows::gradient_of(slot, row, 0);
+          const bool wanted = gradient && Rows::layers[slot].grad != nullptr;
+          const float weight = Rows::weight_of(g, i0 + i, row);
 #pragma unroll
-          for (int i = 0; i < kStudents; ++i) {
+          for (int q = 0; q < kVectors; ++q) {
+            if (q > 0 && v + q * members >= vectors) continue;
             const float4 e = sum[i][q];
             if (kLoss) squares[i] += e.x * e.x + e.y * e.y + (e.z * e.z + e.w * e.w);
             if (i0 + i >= g.m) continue;
-            reinterpret_cast<float4*>(x[i])[at[q]] = {weight[i] * e.x, weight[i] * e.y, weight[i] * e.z,
-                                                      weight[i] * e.w};
+            if (!gradient)
+              reinterpret_cast<float4*>(x[i])[at[q]] = e;
+            else if (wanted)
+              store16_streaming(to + 16 * at[q], {float_bits(weight * e.x), float_bits(weight * e.y),
+                                                  float_bits(weight * e.z), float_bits(weight * e.w)});
           }
         }
       }

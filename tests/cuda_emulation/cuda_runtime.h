@@ -15,6 +15,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+using std::max;
 using std::min;
 struct uint2 {
   uint32_t x, y;
@@ -41,9 +42,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   return *device = chosen == nullptr ? 0 : std::atoi(chosen), cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  constexpr int kShared[] = {232448,   20 << 10, 14 << 10, 10 << 10, 40 << 10,
-                             28 << 10, 232448,   14 << 10, 28 << 10, 99 << 10};
-  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8, 8};
+  constexpr int kShared[] = {232448, 20 << 10, 14 << 10, 12 << 10, 60 << 10, 40 << 10,
+                             232448, 14 << 10, 40 << 10, 99 << 10, 24 << 10, 10 << 10};
+  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8, 8, 9, 9};
   *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 0 ? 3 : 1)
            : attribute == cudaDevAttrComputeCapabilityMajor ? kMajor[device]
                                                             : kShared[device];

@@ -44,6 +44,11 @@ inline T shuffle(T value, int lane) {
   return from_lane(value, lane);
 }
 
+template <class T>
+inline T not_before(T value) {
+  return value;
+}
+inline float reciprocal(float value) { return 1 / value; }
 inline float bits_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t float_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
@@ -60,6 +65,7 @@ inline unsigned take_ticket(unsigned* ticket, unsigned count) {
   *ticket = before >= count - 1 ? 0 : before + 1;
   return before;
 }
+inline unsigned take_number(unsigned* next) { return (*next)++; }
 inline void acquire() {}
 inline double load_uncached(const double* from) { return *from; }
 
@@ -73,10 +79,11 @@ inline Bytes16 load16(const void* from) {
   require_aligned(from, 16);
   return *static_cast<const Bytes16*>(from);
 }
-inline void store16_streaming(void* to, Bytes16 v) {
+inline void store16(void* to, Bytes16 v) {
   require_aligned(to, 16);
   *static_cast<Bytes16*>(to) = v;
 }
+inline void store16_streaming(void* to, Bytes16 v) { store16(to, v); }
 
 inline void sync_warps(int id, int threads) { emulation::wait_at(emulation::block().barriers[id], threads); }
 
@@ -182,6 +189,27 @@ using SharedPointer = const char*;
 inline SharedPointer shared_pointer(const char* at) { return at; }
 inline void load_matrices(uint32_t (&out)[4], SharedPointer row) { load_rows(out, row, false); }
 inline void load_matrices_transposed(uint32_t (&out)[4], SharedPointer row) { load_rows(out, row, true); }
+
+// PTX ISA, "Warp-level matrix store instruction: stmatrix": the same elements, to the rows that the threads name.
+inline void store_matrices(SharedPointer row, const uint32_t (&words)[4]) {
+  require_aligned(row, 16);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const SharedPointer of_lane = from_lane(row, 8 * matrix + emulation::lane() / 4);
+    std::memcpy(const_cast<char*>(of_lane) + 4 * (emulation::lane() % 4), &words[matrix], 4);
+  }
+}
+
+// PTX ISA, "Warp-level matrix transpose instruction: movmatrix": elements lie as for ldmatrix.
+inline uint32_t transposed(uint32_t word) {
+  uint16_t elements[2];
+  for (int k = 0; k < 2; ++k) {
+    const int row = 2 * (emulation::lane() % 4) + k, column = emulation::lane() / 4;
+    const uint32_t given = from_lane(word, 4 * row + column / 2);
+    elements[k] = uint16_t(given >> 16 * (column % 2));
+  }
+  std::memcpy(&word, elements, 4);
+  return word;
+}
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating-point type". With group = lane / 4, t = lane % 4:
 // element i of A (8 per thread) is row group + 8·(i / 2 % 2), column 2t + i % 2 + 8·(i / 4);
