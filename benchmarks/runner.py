@@ -212,13 +212,13 @@ def forms_to_compile(session: Session, case: Case, dtype: str, mode: str) -> lis
 
 def best_compiled(case: Case, dtype: str, device: torch.device) -> tuple[str, ...]:
     """The best forms under torch.compile, as full runs show on a CPU (on AMD others than on Intel: its matrix products
-    are slow); on a GPU the better of the two that were tried, and one that may be. For hundreds of pairs of layers the
-    form with a product for each takes minutes to compile."""
+    are slow); on a GPU the better of the two that were tried: for [CLS] rows, and for few and many pairs of layers. For
+    hundreds of pairs the form with a product for each takes minutes to compile."""
     few = case.pairs <= 100
     if case.views:
-        return ("broadcast", "bmm") if device.type == "cuda" else ("broadcast", "public A", "public B", "PKD")
+        return ("broadcast",) if device.type == "cuda" else ("broadcast", "public A", "public B", "PKD")
     if device.type == "cuda":
-        return ("einsum", "pairs") if few else ("bmm", "einsum")
+        return ("pairs",) if few else ("einsum",)
     if dtype == "fp32":
         return ("einsum", "broadcast", "pairs") if case.pairs <= 30 else ("einsum", "broadcast")
     return ("bmm", "pairs") if few else ("bmm", "einsum")

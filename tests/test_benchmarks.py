@@ -320,7 +320,7 @@ def test_claims_equal_the_rows():
         elif floor:
             share = (int(one["bytes_read"]) + int(one["bytes_written"])) / float(one["copy_bandwidth"])
             share /= float(one["median_s"])
-            assert floor.startswith(f"{share:.0%}")
+            assert floor.startswith(f"{share:.1%}")
             assert line.endswith("reached") == (100 * share >= float(re.findall(r"[\d.]+", line)[0]))
         assert rival == f"{float(one['x_best_rival']):.1f}"
         limit = float(re.findall(r"[\d.]+", rival_line)[0])

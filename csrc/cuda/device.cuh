@@ -20,6 +20,8 @@ ALP_DEVICE int block_size() { return blockDim.x; }
 ALP_DEVICE int block_index() { return blockIdx.x; }
 ALP_DEVICE int grid_size() { return gridDim.x; }
 ALP_DEVICE void sync_block() { __syncthreads(); }
+// Also a barrier of the block
+ALP_DEVICE bool any_in_block(bool value) { return __syncthreads_or(value); }
 ALP_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
 ALP_DEVICE T shuffle_xor(T value, int mask) {

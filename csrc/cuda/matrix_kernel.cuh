@@ -12,9 +12,9 @@
 //   memory         27 648 bytes in, 9 216 out                         2 460 cycles
 //   shared memory  27.6 KB in, 49 KB for pass 1, 28 + 9 KB for pass 2, at 128 bytes a cycle    900 cycles
 //   matrix units   48 × (3 + 4) mma.m16n8k16 of 2 048 multiply-adds, at 1 024 a cycle      670 cycles
-//   instructions   about 2 500 (13 for 32 columns in pass 1, 52 in pass 2), at 4 a cycle    630 cycles
-// so memory is the bound as long as copies never stop. Measured: 81 % of a copy's bandwidth. Shared memory holds 7
-// rows, and the one or two warps of each wait for their own products.
+//   instructions   about 2 500 (13 for 32 columns in pass 1, 51 in pass 2), at 4 a cycle    630 cycles
+// so memory is the bound as long as copies never stop. But one warp takes several times as long for a row, waiting for
+// its own products, so that several rows have to be under way.
 #pragma once
 
 #include "generic_kernel.cuh"

@@ -207,12 +207,8 @@ ALP_DEVICE double warp_sum_of(const double* from, int64_t count, int64_t stride)
 // Sums are in a fixed order.
 template <class A, int kAtATime, class P>
 ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
-  unsigned* const ticket = reinterpret_cast<unsigned*>(shared);
-  if (thread_index() == 0) *ticket = take_ticket(p.ticket, unsigned(grid_size()));
-  sync_block();
-  const bool last = *ticket == unsigned(grid_size()) - 1;
-  sync_block();
-  if (!last) return;
+  const unsigned blocks = unsigned(grid_size());
+  if (!any_in_block(thread_index() == 0 && take_ticket(p.ticket, blocks) == blocks - 1)) return;
   acquire();
   if (thread_index() == 0) p.ticket[1] = 0;
   const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;

@@ -22,6 +22,14 @@ inline int block_size() { return emulation::block().threads; }
 inline int block_index() { return emulation::block().index; }
 inline int grid_size() { return emulation::block().grid; }
 inline void sync_block() { emulation::wait_for_block(); }
+inline bool any_in_block(bool value) {
+  if (value) emulation::block().any = true;
+  emulation::wait_for_block();
+  const bool any = emulation::block().any;
+  emulation::wait_for_block();
+  emulation::block().any = false;
+  return any;
+}
 inline void sync_warp() { emulation::wait_for_warp(); }
 
 // What every lane of the warp gave, seen by every lane.

@@ -67,6 +67,7 @@ struct Block {
   std::vector<char> shared;
   std::vector<Warp> warps;
   int finished = 0;
+  bool any = false;  // of the values that threads gave to any_in_block
 };
 
 struct Fiber {
