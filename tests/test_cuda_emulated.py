@@ -279,6 +279,14 @@ def test_who_takes_a_dealt_row_does_not_matter(monkeypatch, device, dtype):
     check(student, teacher, weights, **options)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_many_rows_of_which_no_layer_counts(monkeypatch, dtype):
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES["20KiB"])
+    launched()
+    check(states(2, (121,), 32, dtype), states(3, (121,), 32, dtype, 1), layer_weights=(0.0, 0.0), teacher_grad=False)
+    assert launched()[0] == KERNEL_OF[dtype]
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_matrix_kernel_close_to_the_teacher(dtype):
     """The residual of a student that has learned is small beside the rows; its loss must not drown in them."""

@@ -397,7 +397,6 @@ struct MatrixKernel : RowPipeline<2, P> {
   struct Fragments {
     uint32_t s[kM][4], t[2][kN][4];
   };
-  // One unit ahead of its use, past the gradients of the unit before: no store stands between the loads and it.
   __device__ static void load_fragments(Fragments& f, const SharedPointer (&b_s)[kM], const SharedPointer (&b_t)[kN],
                                         int d) {
 #pragma unroll
@@ -475,8 +474,7 @@ struct MatrixKernel : RowPipeline<2, P> {
 #pragma unroll
     for (int j = 0; j < kN; ++j) b_t[j] = shared_pointer(teacher_row(tile, g, 16 * j + lane % 16) + lane / 16 * 16);
     if (begin > last) return;
-    // A unit is loaded one unit ahead of its products, and finished one behind: nothing waits.
-    Fragments even, odd;
+    Fragments even, odd;  // one unit ahead of its use
     load_fragments(even, b_s, b_t, begin);
     for (int d = begin;; d += 2 * kUnit) {
       Differences sums;

@@ -4,7 +4,7 @@
 // in tiles of kStudents student layers that stay in registers:
 //   products  x_i · t_j                              for z_ij = ⟨s_i, t_j⟩ and for p_ij = ⟨e_i, t_j⟩
 //             a warp takes whole tiles with kTeachers teacher layers, so that it sums over its lanes once for each
-//   combine   x_i ← x_i − Σ_j b_ij t_j, in place     for e_i, with b = a, and for ∂s_i / 2w, with b = τ c
+//   combine   x_i − Σ_j b_ij t_j                     for e_i, in place, with b = a, and for ∂s_i / 2w, with b = τ c
 //             a warp takes a share of the columns
 // In between, on (m, n) numbers: a_ij = softmax_j(τ z_ij) and c_ij = a_ij (p_ij − Σ_j a_ij p_ij).
 //
