@@ -280,11 +280,8 @@ def test_who_takes_a_dealt_row_does_not_matter(monkeypatch, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_many_rows_of_which_no_layer_counts(monkeypatch, dtype):
-    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES["20KiB"])
-    launched()
+def test_many_rows_of_which_no_layer_counts(dtype):
     check(states(2, (121,), 32, dtype), states(3, (121,), 32, dtype, 1), layer_weights=(0.0, 0.0), teacher_grad=False)
-    assert launched()[0] == KERNEL_OF[dtype]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])

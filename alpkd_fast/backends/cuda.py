@@ -61,10 +61,10 @@ def has_kernel_for(problem: Problem) -> bool:
         return False
     groups = _groups(problem)
     layers, indices = len(problem.student) + len(problem.teacher), sum(map(len, groups))
-    if layers > ROWS_MAX_LAYERS or len(groups) > ROWS_MAX_GROUPS or indices > ROWS_MAX_INDICES:
+    if not groups or layers > ROWS_MAX_LAYERS or len(groups) > ROWS_MAX_GROUPS or indices > ROWS_MAX_INDICES:
         return False
     active = sum(groups.values()), len(set().union(*groups))
-    m, n = max(groups.values(), default=1), max(map(len, groups), default=1)  # of the largest groups
+    m, n = max(groups.values()), max(map(len, groups))  # of the largest groups
     if first.dtype == torch.float32:
         scratch = 12 * _up(m, 4) * _up(n, 4)  # vector_scratch, at most
         return D % 4 == 0 and _row_bytes(*active, 4 * D, 1, scratch) <= _shared_bytes(first.device)

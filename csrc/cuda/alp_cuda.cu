@@ -147,14 +147,14 @@ Largest largest_group(const LayerMap& map) {
   return most;
 }
 
-// What both kernels that take whole rows ask of a problem: rows of one dtype at 16-byte steps, and no option that
-// needs more than student gradients.
+// What both kernels that take whole rows ask of a problem: rows of one dtype at 16-byte steps, some layer that counts,
+// and no option that needs more than student gradients.
 template <class P>
 bool takes_rows(const P& p, const Call& call) {
   const char* forced = std::getenv("ALPKD_FAST_CUDA_KERNEL");
   if (forced != nullptr && std::string(forced) == "generic") return false;
-  return p.teacher_dtype == p.student_dtype && !p.normalize && !p.teacher_grad && p.weights.pooling != Pooling::mean &&
-         rows_aligned(call.students.layers) && rows_aligned(call.teachers.layers);
+  return p.ms > 0 && p.teacher_dtype == p.student_dtype && !p.normalize && !p.teacher_grad &&
+         p.weights.pooling != Pooling::mean && rows_aligned(call.students.layers) && rows_aligned(call.teachers.layers);
 }
 
 template <class P>

@@ -214,7 +214,7 @@ ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
   const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   // Each sum goes over the blocks and, in some shares, over the dealt rows.
   const int sums = wanted_sums(p), pitch = 2 * p.ms + 1;
-  const int shares = p.dealt_count == 0 || sums == 0 ? 0 : max(1, warps / sums - 1);
+  const int shares = p.dealt_count == 0 ? 0 : max(1, warps / sums - 1);
   for (int k = warp; k < sums * (1 + shares); k += warps) {
     const int place = place_of_sum(p, k % sums), share = k / sums;
     double sum;
