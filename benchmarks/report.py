@@ -305,8 +305,8 @@ Made by `python -m benchmarks.report {given}`. Every figure is a row of these fi
   caches do, so rows that hardly read ("dense", "last") may take less than their floor.
 - *best rival*: the fastest right one of the eager forms, the public implementations' forms, and these under
   torch.compile. To save time only a full run times them all; a default run leaves out the slowest two eager forms and
-  compiles one to three, those that full runs on a CPU found the best. README.md says how many rivals a figure stands
-  on.
+  compiles one to three: on a CPU those that full runs found the best, on a GPU the better of the two that were tried.
+  README.md says how many rivals a figure stands on.
 - Every version is checked against float64 on the benchmark's own input first. One that is wrong is not timed.
 - Versions take turns in one process. Inputs rotate, so that none is found in the last-level cache. Before every call
   with [CLS] rows on a CPU the caches are filled with something else: a step comes to its loss with neither its data nor

@@ -73,7 +73,7 @@ struct Arrays {
     };
     constexpr int warps = kGenericThreads / kWarpSize;
     const int64_t pitch = columns + 4, mn = int64_t(ms) * ns;  // rows at one bank would wait for each other
-    take(at->totals, 2 * ms + 1);
+    take(at->totals, row_sums(ms));
     take(at->d_scale, ms);
     take(at->shared, 2 * warps);
     take(at->s, ms * pitch);
@@ -120,7 +120,7 @@ struct GenericKernel {
   __device__ void run() {
     for (int k = thread; k < p.ms * p.ns; k += kGenericThreads)
       at.a[k] = A(-1), at.c[k] = A(0);  // outside the layer map
-    for (int k = thread; k < 2 * p.ms + 1; k += kGenericThreads) at.totals[k] = 0;
+    for (int k = thread; k < row_sums(p.ms); k += kGenericThreads) at.totals[k] = 0;
     for (r = block_index(); r < p.weights.rows; r += grid_size()) {
       sync_block();
       row = find_row(p.weights, r);

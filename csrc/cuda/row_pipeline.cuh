@@ -16,7 +16,7 @@
 namespace alp::cuda {
 
 struct RowLayout {
-  // Offsets in shared memory: Constants, double [warps][2][2ms + 1]
+  // Offsets in shared memory: Constants, double [warps][2][row_sums]
   static constexpr int kConstants = 0, kTotals = sizeof(Constants);
   int coef, layers, queue, arrivals, scratch, tiles;
   int scratch_bytes, tile_bytes;  // of a team; of one part of a row
@@ -29,7 +29,7 @@ struct RowLayout {
     auto round = [](int count) { return (count + 127) / 128 * 128; };
     scratch_bytes = round(scratch_of_team);
     tile_bytes = (ms + ns) * (element * columns + 16);
-    coef = kTotals + 8 * warps * 2 * (2 * ms + 1);           // float [ms]
+    coef = kTotals + 8 * warps * 2 * row_sums(ms);           // float [ms]
     layers = round(coef + 4 * ms);                           // Layer [ms + ns]
     queue = layers + round(int(sizeof(Layer)) * (ms + ns));  // Queued [teams][4]
     arrivals = queue + teams * 4 * 24;                       // Arrival [teams][stages]
@@ -60,7 +60,7 @@ struct RowPipeline {
   char* const tiles = shared + layout.tiles + team * p.stages * layout.tile_bytes;
   const Layer* const layers = reinterpret_cast<const Layer*>(shared + layout.layers);
   Queued* const queue = reinterpret_cast<Queued*>(shared + layout.queue) + 4 * team;
-  double* const sums_of_warp = reinterpret_cast<double*>(shared + RowLayout::kTotals) + warp * 2 * (2 * p.ms + 1);
+  double* const sums_of_warp = reinterpret_cast<double*>(shared + RowLayout::kTotals) + warp * 2 * row_sums(p.ms);
   double* totals = sums_of_warp;  // where a row's sums are added
   Arrival* const arrivals = reinterpret_cast<Arrival*>(shared + layout.arrivals) + team * p.stages;
   const float* const coef = reinterpret_cast<const float*>(shared + layout.coef);
@@ -80,7 +80,7 @@ struct RowPipeline {
 
   // Begins to load, before anything else is known.
   __device__ void start() {
-    for (int k = lane; k < 2 * (2 * p.ms + 1); k += kWarpSize) sums_of_warp[k] = 0;
+    for (int k = lane; k < 2 * row_sums(p.ms); k += kWarpSize) sums_of_warp[k] = 0;
     prepare_row();
     sync_team();
     for (int k = 0; k < p.stages; ++k) issue_load();
@@ -97,7 +97,7 @@ struct RowPipeline {
       const Queued& current = queue[row % 4];
       if (current.r < 0) break;
       const bool dealt = current.r >= p.fixed_rows;
-      totals = sums_of_warp + (dealt ? 2 * p.ms + 1 : 0);
+      totals = sums_of_warp + (dealt ? row_sums(p.ms) : 0);
       take_row(current, row * loads);
       complete(current);
       if (dealt) keep_sums(current.r);
@@ -111,7 +111,7 @@ struct RowPipeline {
     for (int k = not_before(lane); member == 0 && k < wanted_sums(p); k += kWarpSize) {
       double sum = 0;
       for (int of = 0; of < p.team; ++of) {
-        double& of_member = totals[of * 2 * (2 * p.ms + 1) + place_of_sum(p, k)];
+        double& of_member = totals[of * 2 * row_sums(p.ms) + place_of_sum(p, k)];
         sum += of_member;
         of_member = 0;
       }
@@ -306,7 +306,7 @@ __device__ void run_rows(const P& p, const RowLayout& layout, char* shared) {
   for (int k = thread_index(); k < 2 * p.m + 1; k += block_size()) {
     const int slot = k == 2 * p.m ? 2 * p.ms : k % p.m < p.ms ? k / p.m * p.ms + k % p.m : -1;
     double sum = 0;
-    for (int w = 0; w < warps && slot >= 0; ++w) sum += totals[w * 2 * (2 * p.ms + 1) + slot];
+    for (int w = 0; w < warps && slot >= 0; ++w) sum += totals[w * 2 * row_sums(p.ms) + slot];
     partial[k] = sum;
   }
   sync_block();

@@ -177,7 +177,9 @@ ALP_DEVICE void zero_bytes(char* at, int64_t bytes, int lane, int lanes) {
   }
 }
 
-// A row's sums are ms losses, ms entropies and the scale's gradient; the wanted ones by number, and their places.
+// A row's sums are ms losses, ms entropies and the scale's gradient: how many there are, how many are wanted, and where
+// a wanted one stands.
+ALP_HOST_DEVICE constexpr int row_sums(int ms) { return 2 * ms + 1; }
 template <class P>
 ALP_HOST_DEVICE int wanted_sums(const P& p) {
   return (p.entropy != nullptr ? 2 : 1) * p.ms + (p.scale_grad ? 1 : 0);
@@ -213,7 +215,7 @@ ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
   if (thread_index() == 0) p.ticket[1] = 0;
   const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   // Each sum goes over the blocks and, in some shares, over the dealt rows.
-  const int sums = wanted_sums(p), pitch = 2 * p.ms + 1;
+  const int sums = wanted_sums(p), pitch = row_sums(p.ms);
   const int shares = p.dealt_count == 0 ? 0 : max(1, warps / sums - 1);
   for (int k = warp; k < sums * (1 + shares); k += warps) {
     const int place = place_of_sum(p, k % sums), share = k / sums;
