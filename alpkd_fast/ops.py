@@ -225,7 +225,9 @@ def _scaled(ctx: Any, stored: list[Tensor], grad_loss: Tensor, grad_factor: Tens
     freed = single and not torch._C._autograd._get_current_graph_task_keep_graph()
     if freed and stored and ctx.backend in SCALING_BACKENDS:
         scale = getattr(torch.ops.alpkd_fast, f"scale_gradients_{ctx.backend}").default
-        scale(stored, grad_loss, grad_factor, ctx.pooling, ctx.row_weights)
+        # Only fp16 leaves out a factor; without one there is one number less to wait for.
+        left_out = grad_factor if any(g.dtype == torch.float16 for g in stored) else None
+        scale(stored, grad_loss, left_out, ctx.pooling, ctx.row_weights)
         return stored
     factor = grad_loss * grad_factor
     has_value = single and factor.device.type == "cpu" and type(factor) is Tensor  # a fake tensor has none

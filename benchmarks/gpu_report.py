@@ -44,10 +44,12 @@ def environment() -> dict[str, str]:
 
 def figures(out: Path, name: str) -> dict[str, Any]:
     """What a stage measured."""
-    if name == "test" and (out / "test.xml").exists():
-        suite = next(ElementTree.parse(out / "test.xml").getroot().iter("testsuite"))
-        counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-        failed = [f"{case.get('classname')}::{case.get('name')}" for case in suite.iter("testcase")
+    found = sorted(out.glob("test*.xml")) if name == "test" else []
+    if found:
+        suites = [suite for path in found for suite in ElementTree.parse(path).getroot().iter("testsuite")]
+        keys = ("tests", "failures", "errors", "skipped")
+        counts = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in keys}
+        failed = [f"{case.get('classname')}::{case.get('name')}" for suite in suites for case in suite.iter("testcase")
                   if case.find("failure") is not None or case.find("error") is not None]  # fmt: skip
         return counts | {"failed": failed}
     if name == "bench" and (out / "bench.csv").exists():

@@ -131,11 +131,13 @@ def test_shapes(m, n, D, options):
     check(states(m, (2,), D, F32), states(n, (2,), D, F32, 1), None, **options)
 
 
-# ---- The kernels that take whole rows at 16-byte steps: alp_matrix for bf16 and fp16, alp_vector for fp32 ----
+# ---- The kernels that take whole rows at 16-byte steps: alp_matrix for bf16 and fp16, alp_vector for fp32, and
+# alp_few_rows for all, on a device that has room for a block to each student layer of each row ----
 
 # Emulated devices with ever less shared memory: teams of 1, 2 and 4 warps, with 4 a row in parts. Those of capability 8
 # copy 16 bytes at a time.
 DEVICES = {"roomy": "0", "20KiB": "1", "14KiB": "2", "12KiB": "3", "sm_80": "6", "sm_80-14KiB": "7"}
+ROOM_FOR_EVERY_ROW = "12"
 DEVICES_OF_MANY_LAYERS = {"roomy": "0", "20KiB": "4", "14KiB": "5", "12KiB": "10", "sm_80": "6", "sm_80-14KiB": "8"}
 KERNEL_OF = {F32: "alp_vector", BF16: "alp_matrix", F16: "alp_matrix"}
 ROW_WEIGHTS = torch.tensor([0, 1, 0.5, 2, 0, 1, 1, 0.25, 1, 0, 1, 3, 1])
@@ -166,6 +168,29 @@ def test_vector_kernel(monkeypatch, device, m, n, D):
     assert launched() == ["alp_vector", "alp_scale_gradients"]
 
 
+@pytest.mark.parametrize("dtype", KERNEL_OF, ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize(("m", "n", "D"), [(6, 12, 768), (1, 1, 8), (3, 17, 40), (2, 32, 1032), (9, 5, 64)])
+def test_few_rows_kernel(monkeypatch, dtype, m, n, D):
+    """Warps with two teacher layers at a time, one and none; threads with two vectors, one and none."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", ROOM_FOR_EVERY_ROW)
+    launched()
+    check(states(m, (13,), D, dtype), states(n, (13,), D, dtype, 1), ROW_WEIGHTS, teacher_grad=False)
+    assert launched() == ["alp_few_rows", "alp_scale_gradients"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "D", "dtype", "kernel"),
+    [(512, 2, 8, F32, "alp_few_rows"), (513, 2, 8, F32, "alp_vector"), (4, 33, 8, F32, "alp_vector"),
+     (4, 2, 36, BF16, "alp_generic"), (4, 2, 36, F32, "alp_few_rows"), (1, 20, 2700, F32, "alp_vector")],
+)  # fmt: skip
+def test_what_the_few_rows_kernel_does_not_take(monkeypatch, rows, n, D, dtype, kernel):
+    """One block to each student layer of each row at a time, 32 teacher layers, rows of whole 16 bytes."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", ROOM_FOR_EVERY_ROW)
+    launched()
+    check(states(1, (rows,), D, dtype), states(n, (rows,), D, dtype, 1), None, teacher_grad=False)
+    assert launched()[0] == kernel
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -189,13 +214,13 @@ ROW_OPTIONS = {
 
 
 @pytest.mark.parametrize("dtype", KERNEL_OF, ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("device", ["roomy", "14KiB"])
+@pytest.mark.parametrize("device", ["roomy", "14KiB", "few-rows"])
 @pytest.mark.parametrize("name", ROW_OPTIONS)
 def test_options_of_the_kernels_that_take_rows(monkeypatch, device, name, dtype):
-    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES[device])
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES.get(device, ROOM_FOR_EVERY_ROW))
     launched()
     check(states(3, (3, 5), 64, dtype), states(7, (3, 5), 64, dtype, 1), MASK, teacher_grad=False, **ROW_OPTIONS[name])
-    assert launched()[0] == KERNEL_OF[dtype]
+    assert launched()[0] == ("alp_few_rows" if device == "few-rows" else KERNEL_OF[dtype])
 
 
 # 12 student layers: as many groups, of 156 and 168 indices
@@ -245,11 +270,11 @@ def test_matrix_kernel_takes_rows_in_parts(monkeypatch, order):
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
-@pytest.mark.parametrize("device", ["roomy", "20KiB", "14KiB", "sm_80"])
+@pytest.mark.parametrize("device", ["roomy", "20KiB", "14KiB", "sm_80", "few-rows"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["f32", "f16"])
 def test_order_of_warps_does_not_matter_where_they_take_rows(monkeypatch, order, device, dtype):
     monkeypatch.setenv("ALPKD_EMULATION_ORDER", order)
-    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES[device])
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", DEVICES.get(device, ROOM_FOR_EVERY_ROW))
     student, teacher = states(6, (13,), 64, dtype), states(12, (13,), 64, dtype, 1)
     options = {"layer_map": "all", "scale": torch.tensor(0.3), "teacher_grad": False}
     first = evaluate(emulated, student, teacher, ROW_WEIGHTS, **options)
@@ -298,8 +323,10 @@ def test_matrix_kernel_close_to_the_teacher(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_rows_keep_nan_where_it_is(dtype):
+@pytest.mark.parametrize("device", [DEVICES["roomy"], ROOM_FOR_EVERY_ROW], ids=["roomy", "few-rows"])
+def test_rows_keep_nan_where_it_is(monkeypatch, device, dtype):
     """NaN in rows and layers that are not read changes nothing; a row that is read spoils its own gradients only."""
+    monkeypatch.setenv("ALPKD_EMULATION_DEVICE", device)
     student, teacher = states(3, (13,), 64, dtype), states(7, (13,), 64, dtype, 1)
     options = {"layer_map": [[0, 1], [2], [3, 4]], "layer_weights": (1.0, 0.0, 1.0), "teacher_grad": False}
     before = evaluate(emulated, student, teacher, ROW_WEIGHTS, **options)
@@ -318,10 +345,12 @@ def test_rows_keep_nan_where_it_is(dtype):
     assert torch.equal(spoilt["d_student[2]"], before["d_student[2]"])
 
 
-@pytest.mark.parametrize("kernel", ["alp_generic", "alp_matrix", "alp_vector"])
+@pytest.mark.parametrize("kernel", ["alp_generic", "alp_matrix", "alp_vector", "alp_few_rows"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("layer", REACH, ids=lambda layer: "-".join(map(str, layer)))
-def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(kernel, layer, poison):
+def test_a_layer_that_is_not_finite_reaches_only_what_the_map_joins_it_with(monkeypatch, kernel, layer, poison):
+    if kernel == "alp_few_rows":
+        monkeypatch.setenv("ALPKD_EMULATION_DEVICE", ROOM_FOR_EVERY_ROW)
     dtype = BF16 if kernel == "alp_matrix" else F32
     student, teacher = states(3, (4,), 64, dtype), states(5, (4,), 64, dtype, 1)
     options = {"layer_map": REACH_MAP, "teacher_grad": kernel == "alp_generic"}

@@ -162,7 +162,7 @@ def test_cls_takes_one_launch_each_way(monkeypatch):
     call()
     found = kernels_of(call)
     assert len(found) == 2, found
-    assert "alp_matrix" in found[0]
+    assert "alp_few_rows" in found[0]
     assert "alp_scale_gradients" in found[1]
 
 

@@ -10,6 +10,7 @@
 
 #include "../tensors.h"
 #include "device.cuh"
+#include "few_rows_kernel.cuh"
 #include "generic_kernel.cuh"
 #include "launch.h"
 #include "layer_map.h"
@@ -85,7 +86,8 @@ struct Plan {
   int threads, columns;
   int64_t shared, scratch;
   int team = 0, stages = 0;      // of the kernels that take whole rows
-  int pairs_m = 0, pairs_n = 0;  // of the vector kernel
+  int pairs_m = 0, pairs_n = 0;  // of the largest group
+  int64_t blocks = 0;            // 0: as many as are resident, and each takes several rows
 };
 
 template <class A, class P>
@@ -147,19 +149,36 @@ Largest largest_group(const LayerMap& map) {
   return most;
 }
 
-// What both kernels that take whole rows ask of a problem: rows of one dtype at 16-byte steps, some layer that counts,
+// Whether ALPKD_FAST_CUDA_KERNEL asks for a kind of kernel: "generic", or "rows", the kernels of many rows for few too.
+bool forced(const char* kind) {
+  const char* asked = std::getenv("ALPKD_FAST_CUDA_KERNEL");
+  return asked != nullptr && std::string(asked) == kind;
+}
+
+// What the kernels that take whole rows ask of a problem: rows of one dtype at 16-byte steps, some layer that counts,
 // and no option that needs more than student gradients.
 template <class P>
 bool takes_rows(const P& p, const Call& call) {
-  const char* forced = std::getenv("ALPKD_FAST_CUDA_KERNEL");
-  if (forced != nullptr && std::string(forced) == "generic") return false;
-  return p.ms > 0 && p.teacher_dtype == p.student_dtype && !p.normalize && !p.teacher_grad &&
+  return !forced("generic") && p.ms > 0 && p.teacher_dtype == p.student_dtype && !p.normalize && !p.teacher_grad &&
          p.weights.pooling != Pooling::mean && rows_aligned(call.students.layers) && rows_aligned(call.teachers.layers);
 }
 
+// Up to 32 teacher layers to a group, and as many rows as are all under way together.
 template <class P>
-bool few_rows(const Device& device, const P& p) {
-  return p.weights.rows <= 2 * int64_t(device.multiprocessors);
+std::optional<Plan<P>> plan_few_rows(const Device& device, const P& p, const Call& call) {
+  const int64_t rows = p.weights.rows, D = p.weights.D, size = dtype_size(p.student_dtype);
+  const int n = largest_group(call.map).n;
+  if (forced("rows") || rows == 0 || n > kWarpSize || D * size % 16 != 0 || (n + 1) * D * size > device.shared_bytes)
+    return std::nullopt;
+  const int64_t bytes = FewRowsLayout(p.ms, n, int(D), int(size)).bytes, blocks = rows * p.m;
+  void (*const kernel)(const P) = p.student_dtype == Dtype::f32    ? &alp_few_rows<Dtype::f32, P>
+                                  : p.student_dtype == Dtype::bf16 ? &alp_few_rows<Dtype::bf16, P>
+                                                                   : &alp_few_rows<Dtype::f16, P>;
+  const char* const name = "alp_few_rows";
+  if (bytes > device.shared_bytes ||
+      blocks > int64_t(device.multiprocessors) * resident_blocks(name, kernel, device, kFewRowsThreads, bytes))
+    return std::nullopt;
+  return Plan<P>{name, kernel, kFewRowsThreads, int(D), bytes, 0, 0, 0, 0, n, blocks};
 }
 
 // For bf16 and fp16: D a multiple of 32, up to 16 student and 32 teacher layers to a group.
@@ -178,9 +197,7 @@ std::optional<Plan<P>> plan_matrix(const Device& device, const P& p, const Call&
   while (teams > 0 && bytes(D, teams, 1, 1) > device.shared_bytes) --teams;
   int team, warps, stages = 1;
   int64_t columns = D;
-  if (few_rows(device, p) && bytes(D, 8, 8, 1) <= device.shared_bytes) {
-    team = warps = 8;  // one row after the other, as quickly as a multiprocessor can
-  } else if (teams >= 2) {
+  if (teams >= 2) {
     // Enough rows at a time that copies never stop, but not so many that their copies hinder each other.
     constexpr int kEnough = 6;
     constexpr int64_t kMostBytes = 176 << 10;
@@ -226,7 +243,7 @@ std::optional<Plan<P>> plan_vector(const Device& device, const P& p, const Call&
   double best = 0;
   for (int size : {1, 2, 3, 4, 6, 8}) {
     const int64_t turns = (vectors + size * kWarpSize - 1) / (size * kWarpSize);
-    for (int teams = few_rows(device, p) ? 1 : kVectorWarps / size; teams > 0; --teams) {
+    for (int teams = kVectorWarps / size; teams > 0; --teams) {
       if (bytes(teams * size, size) > device.shared_bytes) continue;
       // Threads that have work; of two alike the one with more rows at a time
       const double busy = double(vectors) / double(turns) * teams;
@@ -247,6 +264,7 @@ template <class P>
 std::optional<Plan<P>> plan_rows(const Device& device, const P& p, const Call& call) {
   if (!takes_rows(p, call)) return std::nullopt;
   if (p.student_dtype == Dtype::f64) return std::nullopt;
+  if (std::optional<Plan<P>> plan = plan_few_rows(device, p, call)) return plan;
   return p.student_dtype == Dtype::f32 ? plan_vector(device, p, call) : plan_matrix(device, p, call);
 }
 
@@ -254,6 +272,7 @@ template <class P>
 void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan<P>& plan) {
   const LayerMap& map = call.map;
   p.columns = plan.columns;
+  p.parts = int((p.weights.D + plan.columns - 1) / plan.columns);
   p.team = plan.team;
   p.stages = plan.stages;
   p.pairs_m = plan.pairs_m;
@@ -272,14 +291,17 @@ void run(Call& call, P& p, const Device& device, cudaStream_t stream, const Plan
   std::copy(map.index.begin(), map.index.end(), p.index);
 
   const int resident = resident_blocks(plan.name, plan.kernel, device, plan.threads, plan.shared);
-  const int64_t grid = std::clamp<int64_t>(p.weights.rows, 1, int64_t(resident) * device.multiprocessors);
+  const int64_t grid = plan.blocks > 0
+                           ? plan.blocks
+                           : std::clamp<int64_t>(p.weights.rows, 1, int64_t(resident) * device.multiprocessors);
   // Rows take different times: the last fifth is dealt out to the teams that are ahead.
   const int64_t rows = p.weights.rows;
   const bool deals = plan.team > 0 && rows > 4 * grid * (plan.threads / kWarpSize / plan.team);
-  p.fixed_rows = deals ? rows - rows / 5 : rows;
+  p.fixed_rows = plan.blocks > 0 ? 0 : deals ? rows - rows / 5 : rows;
+  p.scale_sums = plan.blocks > 0 ? p.ms : 1;
   p.dealt_count = rows - p.fixed_rows;
   const int64_t sums = 2 * kWeightParts, partials = grid * (2 * int64_t(p.m) + 1);
-  const int64_t dealt = wanted_sums(p) * p.dealt_count;
+  const int64_t dealt = dealt_places(p) * p.dealt_count;
   const int64_t doubles = 2 + sums + partials + dealt + grid * plan.scratch / 8;
   Tensor workspace = new_tensor(call.first, {doubles}, ScalarType::Double);
   double* memory = pointer<double>(workspace);
@@ -448,9 +470,7 @@ void scale_gradients_cuda(Tensors gradients, Tensor factor, std::optional<Tensor
       STD_TORCH_CHECK(gradient.is_contiguous(), "scale_gradients_cuda: gradients must be contiguous");
       p.data[p.count++] = static_cast<char*>(gradient.data_ptr());
     }
-    const int64_t resident =
-        device.multiprocessors *
-        int64_t(resident_blocks("alp_scale_gradients", &alp_scale_gradients, device, kScaleThreads, 0));
+    const int64_t resident = int64_t(device.multiprocessors) * kScaleBlocks;
     const int64_t per_block = 16 / dtype_size(p.dtype) * kScaleThreads;
     p.blocks = std::clamp<int64_t>((p.weights.D + per_block - 1) / per_block, 1, resident);
     const int64_t at_a_time = std::clamp<int64_t>(p.weights.rows * p.count, 1, resident / p.blocks);

@@ -3,7 +3,7 @@
 Builds the library for sm_80 and sm_90 where it is out of date, and prints one line per kernel and architecture:
 registers, spills, shared memory, widths of global loads, matrix instructions, copies to shared memory. Kernels of
 the speed table fail on any spill, local memory access, or copy of hidden states under 16 bytes per thread (from
-sm_90 on they are copied whole layers at a time); no other kernel may spill.
+sm_90 on many rows are copied whole layers at a time); no other kernel may spill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alpkd_fast.kernels import cubin
 import build
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ("alp_matrix", "alp_vector")  # their asynchronous copies are all that reads hidden states
+TABLE = ("alp_matrix", "alp_vector", "alp_few_rows")  # their asynchronous copies are all that reads hidden states
 
 
 def cubins(library: Path, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -57,6 +57,9 @@ def readable(mangled: str) -> str:
     found = re.search(r"alp_vectorILi(\d)", mangled)
     if found:
         return f"alp_vector-{found[1]}"
+    found = re.search(r"alp_few_rowsILNS_\dDtypeE(\d)", mangled)
+    if found:
+        return f"alp_few_rows-{('f32', 'f64', 'bf16', 'f16')[int(found[1])]}"
     found = re.search(r"alp_genericI([fd])NS\d_7ProblemILi(\d+)", mangled)
     if found:
         return f"alp_generic-{'f32' if found[1] == 'f' else 'f64'}-{found[2]} layers"
@@ -83,7 +86,7 @@ def main() -> int:
                 if report.spilled_bytes or report.local_accesses:
                     failures.append(f"{name}: {report.spilled_bytes} B spilled, {report.local_accesses} local accesses")
                 if any(kernel in mangled for kernel in TABLE):
-                    wide = "128" if architecture < "sm_90" else "bulk"
+                    wide = "128" if architecture < "sm_90" or "alp_few_rows" in mangled else "bulk"
                     if set(copies[mangled]) != {wide}:
                         failures.append(f"{name}: copies {dict(copies[mangled])}, {wide} alone are allowed")
                     if "alp_matrix" in mangled and not report.matrix:

@@ -67,13 +67,14 @@ ALP_DEVICE uint16_t float_to_fp16(float value) {
   return bits;
 }
 
-// Adds 1 modulo count, after everything that this thread wrote and its block wrote before the last barrier.
+// Adds 1 modulo count, after everything that this thread wrote and its block wrote before the last barrier; what the
+// takers before wrote is there for this thread, and for its block behind the next barrier.
 ALP_DEVICE unsigned take_ticket(unsigned* ticket, unsigned count) {
-  __threadfence();
-  return atomicInc(ticket, count - 1);
+  unsigned taken;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(taken) : "l"(ticket), "r"(count - 1) : "memory");
+  return taken;
 }
 ALP_DEVICE unsigned take_number(unsigned* next) { return atomicAdd(next, 1u); }
-ALP_DEVICE void acquire() { __threadfence(); }
 ALP_DEVICE double load_uncached(const double* from) { return __ldcg(from); }
 
 struct Bytes16 {

@@ -46,6 +46,14 @@ ALP_DEVICE void load4(const char* row, Dtype type, int64_t at, float* out) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) out[k] = type == Dtype::bf16 ? bf16_to_float(bits[k]) : fp16_to_float(bits[k]);
 }
+ALP_DEVICE void store4(char* row, Dtype type, int64_t at, const float (&in)[4]) {
+  if (type == Dtype::f32)
+    *reinterpret_cast<float4*>(row + 4 * at) = {in[0], in[1], in[2], in[3]};
+  else if (type == Dtype::bf16)
+    *reinterpret_cast<uint2*>(row + 2 * at) = {pack<true>(in[0], in[1]), pack<true>(in[2], in[3])};
+  else
+    *reinterpret_cast<uint2*>(row + 2 * at) = {pack<false>(in[0], in[1]), pack<false>(in[2], in[3])};
+}
 
 // What shared memory holds, or the block's part of the scratch memory for the arrays of m·n that it does not.
 template <class A>
@@ -58,6 +66,7 @@ struct Arrays {
   double* totals;                                // (2ms + 1) of the block
   double* d_scale;                               // (ms) of this row
   double* shared;                                // (2 warps) for sums over the block
+  Constants* constants;
 
   // Counts the bytes where base is null. columns is a multiple of 4.
   __host__ __device__ static int64_t lay_out(Arrays* at, char* base, char* scratch, int ms, int ns, int columns) {
@@ -76,6 +85,7 @@ struct Arrays {
     take(at->totals, row_sums(ms));
     take(at->d_scale, ms);
     take(at->shared, 2 * warps);
+    take(at->constants, 1);
     take(at->s, ms * pitch);
     take(at->t, ns * pitch);
     take(at->h, ms * pitch);
@@ -113,7 +123,7 @@ struct GenericKernel {
         constants(c),
         at(at),
         pitch(p.columns + 4),
-        chunks(int((p.weights.D + p.columns - 1) / p.columns)),
+        chunks(p.parts),
         with_gradient(p.student_grad || p.teacher_grad || p.scale_grad),
         through_attention(with_gradient && !p.detach && (c.scale != 0 || p.scale_grad)) {}
 
@@ -312,11 +322,8 @@ struct GenericKernel {
     for (int i = p.ms + warp; i < p.m; i += warps) zero_attention(i);
   }
 
-  __device__ A* attention_row(int i) {
-    return static_cast<A*>(p.attention) + (int64_t(p.original[i]) * p.weights.rows + r) * p.n;
-  }
   __device__ void zero_attention(int i) {
-    for (int k = lane; k < p.n; k += kWarpSize) attention_row(i)[k] = A(0);
+    for (int k = lane; k < p.n; k += kWarpSize) attention_row<A>(p, i, r)[k] = A(0);
   }
   __device__ void show_attention(const Group& group, int i) {
     zero_attention(i);
@@ -325,7 +332,7 @@ struct GenericKernel {
     for (int k = lane; k < group.n; k += kWarpSize) {
       const int j = p.index[group.teachers + k];
       const A a = at.a[j * p.ms + i];
-      attention_row(i)[p.original[p.m + j]] = a;
+      attention_row<A>(p, i, r)[p.original[p.m + j]] = a;
       if (!(a <= A(0))) entropy -= double(a) * double(log(a));
     }
     entropy = warp_sum(entropy);
@@ -481,10 +488,8 @@ struct GenericKernel {
       const bool active = k < p.m ? k < p.ms : k - p.m < p.ns;
       if (active && (p.weights.pooling == Pooling::token || p.weights.pooling == Pooling::mean)) continue;
       const int64_t seq = p.weights.seq, bytes = p.weights.D * dtype_size(k < p.m ? p.student_dtype : p.teacher_dtype);
-      char* sequence = layer.grad + r * seq * bytes;
-      const int64_t kept = active ? row.position - r * seq : seq;
-      zero_bytes(sequence, kept * bytes, thread, kGenericThreads);
-      if (active) zero_bytes(sequence + (kept + 1) * bytes, (seq - kept - 1) * bytes, thread, kGenericThreads);
+      zero_all_but(layer.grad + r * seq * bytes, seq, active ? row.position - r * seq : seq, bytes, thread,
+                   kGenericThreads);
     }
   }
 
@@ -500,15 +505,17 @@ struct GenericKernel {
 };
 
 template <class A, class P>
-__global__ void __launch_bounds__(kGenericThreads) alp_generic(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kGenericThreads, 2) alp_generic(const __grid_constant__ P p) {
   ALP_DYNAMIC_SHARED(shared);
   Arrays<A> at;
   char* scratch = p.scratch == nullptr ? nullptr : p.scratch + block_index() * p.scratch_bytes;
   Arrays<A>::lay_out(&at, shared, scratch, p.ms, p.ns, p.columns);
   const Constants constants = find_constants(p, at.shared);
-  GenericKernel<A, P>(p, constants, at).run();
+  if (thread_index() == 0) *at.constants = constants;  // registers are few
   sync_block();
-  finish<A, 4>(p, constants, at.totals);
+  GenericKernel<A, P>(p, *at.constants, at).run();
+  sync_block();
+  finish<A, 4>(p, *at.constants, at.totals, thread_index() == 0 && takes_last_ticket(p));
 }
 
 }  // namespace alp::cuda

@@ -248,13 +248,13 @@ struct MatrixKernel : RowPipeline<2, P> {
   // What return_details shows of 8 students
   __device__ void show_attention(const Group& g, const Queued& row, int i, const Fragment& a) const {
     for (int k = 8 * i; k < min(8 * i + 8, int(g.m)); ++k)
-      for (int j = not_before(lane); j < p.n; j += kWarpSize) Rows::attention_row(g.first + k, row.r)[j] = 0;
+      for (int j = not_before(lane); j < p.n; j += kWarpSize) attention_row<float>(p, g.first + k, row.r)[j] = 0;
     sync_warp();
     double entropy[2] = {};
     for_each_element([&](int j, int e) {
       const int student = fragment_column(i, e), slot = fragment_row(j, e);
       if (student >= g.m || slot >= g.n) return;
-      Rows::attention_row(g.first + student, row.r)[p.original[p.m + p.index[g.teachers + slot]]] = a[j][e];
+      attention_row<float>(p, g.first + student, row.r)[p.original[p.m + p.index[g.teachers + slot]]] = a[j][e];
       if (!(a[j][e] <= 0)) entropy[e % 2] -= double(a[j][e]) * double(logf(a[j][e]));
     });
     over_teachers_sum(entropy);

@@ -51,14 +51,16 @@ struct Problem {
 
   double* partials;  // (grid, 2m + 1): Σμ|e|² and Σμ·entropy of each slot, the scale's gradient
   unsigned* ticket;  // how many blocks have finished, how many rows were dealt; 0 before and after
-  // Rows from fixed_rows on are dealt out as the kernels of whole rows go; their sums: (wanted, dealt_count)
+  // Rows from fixed_rows on are dealt out as the kernels of whole rows go, or have blocks of their own: their sums are
+  // (wanted, dealt_count), the scale's gradient scale_sums times
   int64_t fixed_rows, dealt_count;
+  int scale_sums;
   double* dealt_sums;
   char* scratch;  // (grid, scratch_bytes) for what shared memory does not hold, or null
   int64_t scratch_bytes;
-  int columns;           // of a row that shared memory holds at a time
+  int columns, parts;    // of a row that shared memory holds at a time, and how many times
   int team, stages;      // of whole rows: warps that share one, and parts of rows in shared memory at a time
-  int pairs_m, pairs_n;  // vector kernel: layers of the largest group, padded to whole tiles
+  int pairs_m, pairs_n;  // layers of the largest group; vector kernel: padded to whole tiles
 
   Layer layers[kLayers];       // m student layers, then n teacher layers, active ones first
   double omega[kLayers];       // of student slots

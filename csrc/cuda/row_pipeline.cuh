@@ -53,7 +53,7 @@ struct RowPipeline {
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const int team = warp / p.team, member = warp % p.team, teams = block_size() / kWarpSize / p.team;
   const int members = kWarpSize * p.team, thread = member * kWarpSize + lane;
-  const int parts = int((p.weights.D + p.columns - 1) / p.columns), pitch = kElement * p.columns + 16;
+  const int parts = p.parts, pitch = kElement * p.columns + 16;
   const int last_columns = int(p.weights.D - int64_t(parts - 1) * p.columns);  // of the last part
   // A row's loads: its parts in order, then again those that a second pass does not find any more.
   const int loads = parts > p.stages ? 2 * parts - p.stages : parts;
@@ -241,10 +241,6 @@ struct RowPipeline {
     issue_load();
   }
 
-  __device__ float* attention_row(int slot, int64_t r) const {
-    return static_cast<float*>(p.attention) + (int64_t(p.original[slot]) * not_before(p.weights.rows) + r) * p.n;
-  }
-
   // ---- Zeros -----------------------------------------------------------------------------------------
 
   __device__ void complete(const Queued& row) {
@@ -255,12 +251,9 @@ struct RowPipeline {
       char* grad = p.layers[i].grad;
       const bool active = i < p.ms;
       if (p.attention != nullptr && !active && member == 0)
-        for (int k = not_before(lane); k < p.n; k += kWarpSize) attention_row(i, row.r)[k] = 0;
+        for (int k = not_before(lane); k < p.n; k += kWarpSize) attention_row<float>(p, i, row.r)[k] = 0;
       if (grad == nullptr || (active && p.weights.pooling == Pooling::token)) continue;
-      char* sequence = grad + row.r * seq * bytes;
-      const int64_t kept = active ? row.position - row.r * seq : seq;
-      zero_bytes(sequence, kept * bytes, thread, members);
-      if (active) zero_bytes(sequence + (kept + 1) * bytes, (seq - kept - 1) * bytes, thread, members);
+      zero_all_but(grad + row.r * seq * bytes, seq, active ? row.position - row.r * seq : seq, bytes, thread, members);
     }
   }
 
@@ -271,7 +264,7 @@ struct RowPipeline {
     for (int i = 0; i < p.m; ++i) {
       if (p.layers[i].grad != nullptr) zero_bytes(p.layers[i].grad + r * bytes, bytes, lane, kWarpSize);
       if (p.attention != nullptr)
-        for (int k = not_before(lane); k < p.n; k += kWarpSize) attention_row(i, r)[k] = 0;
+        for (int k = not_before(lane); k < p.n; k += kWarpSize) attention_row<float>(p, i, r)[k] = 0;
     }
     if (r < p.fixed_rows) return;
     for (int k = not_before(lane); k < wanted_sums(p); k += kWarpSize)
@@ -310,7 +303,8 @@ __device__ void run_rows(const P& p, const RowLayout& layout, char* shared) {
     partial[k] = sum;
   }
   sync_block();
-  finish<float, 16>(p, *kept, reinterpret_cast<double*>(shared + RowLayout::kTotals));
+  const bool last = thread_index() == 0 && takes_last_ticket(p);
+  finish<float, 16>(p, *kept, reinterpret_cast<double*>(shared + RowLayout::kTotals), last);
 }
 
 }  // namespace alp::cuda

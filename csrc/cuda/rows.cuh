@@ -45,6 +45,8 @@ ALP_DEVICE double real_value(const void* data, WeightType type, int64_t at) {
 
 // Weights of 0 and less count as 0; NaN stays NaN.
 ALP_DEVICE double position_weight(const Weights& w, int64_t position) {
+  if (w.data == nullptr) [[likely]]
+    return 1;
   const double weight = real_value(w.data, w.type, position);
   return weight <= 0 ? 0 : weight;
 }
@@ -130,10 +132,10 @@ ALP_DEVICE WeightSums block_weight_sums(const Weights& w, int part, int parts, d
 // What does not change from row to row.
 struct Constants {
   double scale;
-  double N;       // of the loss
-  double total;   // Σμ
-  double factor;  // left out of stored gradients, for grad_factor
-  double unit;    // 2w = unit ω_i μ_r, as stored
+  double inverse;  // 1 / N of the loss
+  double total;    // Σμ
+  double factor;   // left out of stored gradients, for grad_factor
+  double unit;     // 2w = unit ω_i μ_r, as stored
 };
 
 template <class P>
@@ -147,8 +149,9 @@ ALP_DEVICE Constants find_constants(const P& p, double* shared) {
     count = real_value(p.weights.normalizer_tensor, p.weights.normalizer_type, 0);
   else if (count == 0)
     count = sums.total;
-  c.N = p.weights.mean ? double(p.weights.m) * double(p.weights.D) * count : 1;
-  const double share = sums.total == 0 || c.N == 0 ? 0 : 2 / c.N;  // NaN goes on
+  const double N = p.weights.mean ? double(p.weights.m) * double(p.weights.D) * count : 1;
+  c.inverse = 1 / N;
+  const double share = sums.total == 0 || N == 0 ? 0 : 2 * c.inverse;  // NaN goes on
   c.factor = 1;
   c.unit = share;
   if (p.store_fp16) {
@@ -177,6 +180,18 @@ ALP_DEVICE void zero_bytes(char* at, int64_t bytes, int lane, int lanes) {
   }
 }
 
+// Zeros over the rows of a sequence but the one at `kept`, or over all where kept is seq.
+ALP_DEVICE void zero_all_but(char* sequence, int64_t seq, int64_t kept, int64_t bytes, int lane, int lanes) {
+  zero_bytes(sequence, kept * bytes, lane, lanes);
+  if (kept < seq) zero_bytes(sequence + (kept + 1) * bytes, (seq - kept - 1) * bytes, lane, lanes);
+}
+
+// Where return_details shows the attention of a student layer in row r: (n)
+template <class A, class P>
+ALP_DEVICE A* attention_row(const P& p, int slot, int64_t r) {
+  return static_cast<A*>(p.attention) + (int64_t(p.original[slot]) * p.weights.rows + r) * p.n;
+}
+
 // A row's sums are ms losses, ms entropies and the scale's gradient: how many there are, how many are wanted, and where
 // a wanted one stands.
 ALP_HOST_DEVICE constexpr int row_sums(int ms) { return 2 * ms + 1; }
@@ -184,70 +199,83 @@ template <class P>
 ALP_HOST_DEVICE int wanted_sums(const P& p) {
   return (p.entropy != nullptr ? 2 : 1) * p.ms + (p.scale_grad ? 1 : 0);
 }
+// Sums that each dealt row has a place for
+template <class P>
+ALP_HOST_DEVICE int dealt_places(const P& p) {
+  return wanted_sums(p) + (p.scale_grad ? p.scale_sums - 1 : 0);
+}
 template <class P>
 ALP_DEVICE int place_of_sum(const P& p, int k) {
   return k < (p.entropy != nullptr ? 2 : 1) * p.ms ? k : 2 * p.ms;
 }
 
-// The sum of count doubles, by a warp, in a fixed order; kAtATime loads are under way at a time.
+// This lane's share of the sum of count doubles by a warp; kAtATime loads are under way at a time.
 template <int kAtATime>
-ALP_DEVICE double warp_sum_of(const double* from, int64_t count, int64_t stride) {
+ALP_DEVICE double lane_sum_of(const double* from, int64_t count, int64_t stride) {
   double sum = 0;
-  for (int64_t b = thread_index() % kWarpSize; b < count; b += kAtATime * kWarpSize) {
+  from += thread_index() % kWarpSize * stride;
+#pragma unroll 1
+  for (int64_t left = count - thread_index() % kWarpSize; left > 0; left -= kAtATime * kWarpSize) {
     double part[kAtATime];
 #pragma unroll
-    for (int k = 0; k < kAtATime; ++k)
-      part[k] = b + k * kWarpSize < count ? load_uncached(from + (b + k * kWarpSize) * stride) : 0;
+    for (int k = 0; k < kAtATime; ++k, from += kWarpSize * stride)
+      part[k] = k * kWarpSize < left ? load_uncached(from) : 0;
 #pragma unroll
     for (int k = 0; k < kAtATime; ++k) sum += part[k];
   }
-  return warp_sum(sum);
+  return sum;
 }
 
-// Adds up the partial sums of all blocks and of all dealt rows, in the last block that gets here. Every block passes
-// once, after a barrier behind its partial sums; shared: 2ms + 1 doubles, twice for each warp where rows are dealt.
-// Sums are in a fixed order.
+// Whether every other block has taken its ticket before. A block takes one, behind its sums.
+template <class P>
+ALP_DEVICE bool takes_last_ticket(const P& p) {
+  return take_ticket(p.ticket, unsigned(grid_size())) == unsigned(grid_size()) - 1;
+}
+
+// Adds up the partial sums of all blocks and of all dealt rows, in the block of which one thread took the last ticket.
+// shared: 2ms + 1 doubles, twice for each warp where rows are dealt. Sums are in a fixed order.
 template <class A, int kAtATime, class P>
-ALP_DEVICE void finish(const P& p, const Constants& c, double* shared) {
-  const unsigned blocks = unsigned(grid_size());
-  if (!any_in_block(thread_index() == 0 && take_ticket(p.ticket, blocks) == blocks - 1)) return;
-  acquire();
+ALP_DEVICE void finish(const P& p, const Constants& c, double* shared, bool last) {
+  if (!any_in_block(last)) return;
   if (thread_index() == 0) p.ticket[1] = 0;
   const int warps = block_size() / kWarpSize, warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
-  // Each sum goes over the blocks and, in some shares, over the dealt rows.
-  const int sums = wanted_sums(p), pitch = row_sums(p.ms);
-  const int shares = p.dealt_count == 0 ? 0 : max(1, warps / sums - 1);
-  for (int k = warp; k < sums * (1 + shares); k += warps) {
-    const int place = place_of_sum(p, k % sums), share = k / sums;
-    double sum;
-    if (share == 0) {
+  // Each sum goes over the blocks, by one warp, and over the dealt rows, by as many as there are.
+  const int sums = wanted_sums(p), pitch = row_sums(p.ms), shares = p.dealt_count == 0 ? 1 : max(1, warps / sums);
+#pragma unroll 1
+  for (int k = warp; k < sums * shares; k += warps) {
+    const int share = k / sums, which = k - share * sums, place = place_of_sum(p, which);
+    double sum = 0;
+    if (share == 0 && p.fixed_rows > 0) {
       const int of_block = place < p.ms ? place : place < 2 * p.ms ? p.m + place - p.ms : 2 * p.m;
-      sum = warp_sum_of<kAtATime>(p.partials + of_block, grid_size(), 2 * p.m + 1);
-    } else {
-      const int64_t begin = p.dealt_count * (share - 1) / shares, end = p.dealt_count * share / shares;
-      sum = warp_sum_of<kAtATime>(p.dealt_sums + k % sums * p.dealt_count + begin, end - begin, 1);
+      sum = lane_sum_of<kAtATime>(p.partials + of_block, grid_size(), 2 * p.m + 1);
     }
+    const int64_t count = p.dealt_count * (place == 2 * p.ms ? p.scale_sums : 1);
+    const int64_t part = shares == 1 ? count : (count + shares - 1) / shares, begin = min(count, share * part);
+    sum += lane_sum_of<kAtATime>(p.dealt_sums + which * p.dealt_count + begin, min(part, count - begin), 1);
+    sum = warp_sum(sum);
     if (lane == 0) shared[share * pitch + place] = sum;
   }
   sync_block();
-  for (int k = thread_index(); k < sums; k += block_size())
-    for (int share = 1; share <= shares; ++share)
-      shared[place_of_sum(p, k)] += shared[share * pitch + place_of_sum(p, k)];
-  sync_block();
-  for (int i = thread_index(); i < p.m; i += block_size()) {
-    const bool counts = i < p.ms && c.total != 0;
-    const double share = counts ? p.omega[i] * shared[i] / c.N : 0;
-    static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
-    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[p.original[i]] = A(counts ? shared[p.ms + i] / c.total : 0);
-    if (i < p.ms) shared[i] = share;
-  }
-  sync_block();
-  if (thread_index() != 0) return;
+  if (warp != 0) return;
+  auto total = [&](int place) {
+    double sum = shared[place];
+    for (int share = 1; share < shares; ++share) sum += shared[share * pitch + place];
+    return sum;
+  };
   double loss = 0;
-  for (int i = 0; i < p.ms; ++i) loss += shared[i];
+#pragma unroll 1
+  for (int i = lane; i < p.m; i += kWarpSize) {
+    const bool counts = i < p.ms && c.total != 0;
+    const double share = counts ? p.omega[i] * total(i) * c.inverse : 0;
+    loss += share;
+    static_cast<A*>(p.layer_losses)[p.original[i]] = A(share);
+    if (p.entropy != nullptr) static_cast<A*>(p.entropy)[p.original[i]] = A(counts ? total(p.ms + i) / c.total : 0);
+  }
+  loss = warp_sum(loss);
+  if (lane != 0) return;
   *static_cast<A*>(p.loss) = A(loss);
   *static_cast<A*>(p.grad_factor) = A(c.factor);
-  *static_cast<A*>(p.d_scale) = A(p.scale_grad ? shared[2 * p.ms] * c.factor : 0);
+  *static_cast<A*>(p.d_scale) = A(p.scale_grad ? total(2 * p.ms) * c.factor : 0);
 }
 
 }  // namespace alp::cuda

@@ -5,7 +5,7 @@
 
 namespace alp::cuda {
 
-constexpr int kScaleThreads = 256;
+constexpr int kScaleThreads = 512, kScaleBlocks = 3;  // to a multiprocessor: with more, ending at once takes longer
 
 struct ScaleProblem {
   static constexpr int kMaxTensors = 96;

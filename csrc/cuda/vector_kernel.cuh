@@ -165,7 +165,7 @@ struct VectorKernel : RowPipeline<4, P> {
 
   // What return_details shows of a student.
   __device__ void show_attention(const Group& g, const Queued& row, int i, int n, double entropy) {
-    float* const shown = Rows::attention_row(g.first + min(i, g.m - 1), row.r);
+    float* const shown = attention_row<float>(p, g.first + min(i, g.m - 1), row.r);
     for (int j = lane % kLanes; n > 0 && j < p.n; j += kLanes) shown[j] = 0;
     sync_warp();
     for (int j = lane % kLanes; j < n; j += kLanes)

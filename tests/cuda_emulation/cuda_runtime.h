@@ -43,9 +43,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   constexpr int kShared[] = {232448, 20 << 10, 14 << 10, 12 << 10, 60 << 10, 40 << 10,
-                             232448, 14 << 10, 40 << 10, 99 << 10, 24 << 10, 10 << 10};
-  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8, 8, 9, 9};
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 0 ? 3 : 1)
+                             232448, 14 << 10, 40 << 10, 99 << 10, 24 << 10, 10 << 10, 232448};
+  constexpr int kMajor[] = {9, 9, 9, 9, 9, 9, 8, 8, 8, 8, 9, 9, 9};
+  constexpr int kMultiprocessors[] = {3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 512};
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors[device]
            : attribute == cudaDevAttrComputeCapabilityMajor ? kMajor[device]
                                                             : kShared[device];
   return cudaSuccess;

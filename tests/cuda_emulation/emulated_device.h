@@ -74,7 +74,6 @@ inline unsigned take_ticket(unsigned* ticket, unsigned count) {
   return before;
 }
 inline unsigned take_number(unsigned* next) { return (*next)++; }
-inline void acquire() {}
 inline double load_uncached(const double* from) { return *from; }
 
 struct Bytes16 {
