@@ -58,26 +58,24 @@ struct FewRowsKernel {
 
   // Begins to load, in the background.
   __device__ void start() const {
-    constexpr int kLanes = 16;  // to a layer
 #pragma unroll 1
-    for (int q = thread / kLanes; q <= g.n; q += kFewRowsThreads / kLanes) {
+    for (int q = warp; q <= g.n; q += kFewRowsWarps) {
       const char* const from = row_of(p.layers[q < g.n ? p.m + p.index[g.teachers + q] : i], row.position);
 #pragma unroll 1
-      for (int at = 16 * (thread % kLanes); at < D * kElement; at += 16 * kLanes)
-        copy16_async(teacher_row(q) + at, from + at);
+      for (int at = 16 * lane; at < D * kElement; at += 16 * kWarpSize) copy16_async(teacher_row(q) + at, from + at);
     }
     commit_copies();
   }
 
   // Whether this thread took the last ticket of all blocks
   __device__ bool run(const Constants& constants) const {
-    wait_copies<0>();
-    sync_block();
     const float scale = float(constants.scale), weight = float(constants.unit * p.omega[i]) * float(row.mu);  // τ, 2w
     const bool scores = g.n > 1 && (constants.scale != 0 || p.scale_grad);
     const bool varies = scores && !p.detach && (p.student_grad || p.scale_grad);
     bool last = false;
     float a = 0, c = 0;
+    wait_copies<0>();
+    sync_block();
     // Two turns of the same code, which takes longer to fetch than to run: for a and e, then for c and the gradient
 #pragma unroll 1
     for (int turn = 0; turn < (varies ? 2 : 1); ++turn) {
@@ -222,15 +220,15 @@ __global__ void __launch_bounds__(kFewRowsThreads, 3) alp_few_rows(const __grid_
   if (p.layers[i].grad != nullptr)
     zero_all_but(p.layers[i].grad + r * seq * bytes, seq, counts ? row.position - r * seq : seq, bytes, thread,
                  kFewRowsThreads);
-  Constants& constants = *reinterpret_cast<Constants*>(shared + layout.constants);  // registers are few
-  const Constants found = find_constants(p, reinterpret_cast<double*>(shared));
-  if (thread == 0) constants = found;
+  const Constants constants = find_constants(p, reinterpret_cast<double*>(shared));
+  Constants* const kept = reinterpret_cast<Constants*>(shared + layout.constants);  // registers are few
+  if (thread == 0) *kept = constants;
   bool last = false;
   if (counts)
     last = kernel.run(constants);
   else if (thread == 0)
     last = i < p.ms ? FewRowsKernel<kType, P>::put_sums(p, i, r, 0, 0, 0) : takes_last_ticket(p);
-  finish<float, 4>(p, constants, reinterpret_cast<double*>(shared), last);
+  finish<float, 4>(p, *kept, reinterpret_cast<double*>(shared), last);
 }
 
 }  // namespace alp::cuda
