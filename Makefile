@@ -19,10 +19,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-triton lint types bench mutants gpu-check package clean
+.PHONY: demo test test-triton test-cuda lint types bench mutants gpu-check package clean
 
 # A thread that waits must not keep another test from the processor.
-test test-triton: export OMP_WAIT_POLICY := passive
+test test-triton test-cuda: export OMP_WAIT_POLICY := passive
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/distill_glue.py $(ARGS)
@@ -33,6 +33,13 @@ test: $(VENV)/.dev
 # The same parity tests on the Triton kernels, run on the CPU by Triton's interpreter: some minutes, no GPU needed.
 test-triton: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) --backends triton tests/test_parity.py tests/test_masking.py tests/test_layer_maps.py tests/test_numerics.py tests/test_backward.py tests/test_triton.py tests/test_properties.py $(ARGS)
+
+# The parity tests on the CUDA kernels, compiled for the CPU by tests/cuda_emulation: without a GPU, and without nvcc. Then
+# on a device with room for every row at a time, where few rows have a kernel of their own.
+EMULATED := ALPKD_EMULATE_CUDA=1 $(BIN)/python -m pytest $(PARALLEL) --backends cuda $(addprefix tests/test_,$(addsuffix .py,backward gradients layer_maps masking numerics operator options parity pooling strides)) $(ARGS)
+test-cuda: $(VENV)/.dev
+	$(EMULATED)
+	ALPKD_EMULATION_DEVICE=12 $(EMULATED)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,8 +19,9 @@ class Backend:
 
     @property
     def interpreted(self) -> bool:
-        """Triton's interpreter: on CPU tensors, and very slow."""
-        return self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        """Triton's interpreter, or the emulation of CUDA: on CPU tensors, and very slow."""
+        switch = {"triton": "TRITON_INTERPRET", "cuda": "ALPKD_EMULATE_CUDA"}.get(self.name, "")
+        return os.environ.get(switch) == "1"
 
     @property
     def device(self) -> str:

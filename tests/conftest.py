@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from backend import Backend
 
 import alpkd_fast
 import alpkd_fast.projection
+from alpkd_fast.backends import cuda
 
 # An unwritten output must not pass: fresh tensors of PyTorch hold NaN. The kernels' own come from the C library: bytes
 # of 0x40 are 2 to 3 in every dtype but float64, where they are 32, and their complement in memory that was freed is
@@ -27,7 +29,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "large: too large for Triton's interpreter")
+    config.addinivalue_line("markers", "large: too large for Triton's interpreter and the emulation of CUDA")
+    if os.environ.get("ALPKD_EMULATE_CUDA") == "1":
+        from cuda_emulation import build
+
+        build.load()
+        cuda.unavailable = lambda: None
+        cuda.cannot_run = lambda problem: None
 
 
 def pytest_generate_tests(metafunc):
@@ -52,7 +60,7 @@ def _usable(request) -> Backend:
         _skipped[backend.name] = reason
         pytest.skip(f"{backend.name}: {reason}")
     if backend.interpreted and request.node.get_closest_marker("large"):
-        pytest.skip("triton: too large for the interpreter")
+        pytest.skip(f"{backend.name}: too large to run interpreted")
     _ran[backend.name] += 1
     return backend
 

@@ -178,7 +178,10 @@ std::optional<Plan<P>> plan_few_rows(const Device& device, const P& p, const Cal
   if (bytes > device.shared_bytes ||
       blocks > int64_t(device.multiprocessors) * resident_blocks(name, kernel, device, kFewRowsThreads, bytes))
     return std::nullopt;
-  return Plan<P>{name, kernel, kFewRowsThreads, int(D), bytes, 0, 0, 0, 0, n, blocks};
+  Plan<P> plan{name, kernel, kFewRowsThreads, int(D), bytes, 0};
+  plan.pairs_n = n;
+  plan.blocks = blocks;
+  return plan;
 }
 
 // For bf16 and fp16: D a multiple of 32, up to 16 student and 32 teacher layers to a group.

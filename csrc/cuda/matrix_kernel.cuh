@@ -94,8 +94,8 @@ struct MatrixKernel : RowPipeline<2, P> {
     }
   }
 
-  // A team member's part of `columns`, in units. Teams have 1, 2, 4 or 8 members.
-  const int team_shift = p.team >= 4 ? 1 + p.team / 4 : p.team - 1;
+  // A team member's part of `columns`, in units. Teams have 1, 2 or 4 members.
+  const int team_shift = p.team / 2;
   __device__ int first_column(int columns, int of) const { return (columns / kUnit * of >> team_shift) * kUnit; }
 
   // Layers behind a group's last one repeat it: their results are not used.
