@@ -2,7 +2,7 @@
 
 gpu_report.py stage OUT NAME EXIT_CODE SECONDS    writes OUT/NAME.json and prints the stage's lines
 gpu_report.py table OUT                           prints the lines of all stages
-gpu_report.py small-cases                         runs both kinds of kernel on small inputs
+gpu_report.py small-cases                         runs every kind of kernel on small inputs
 """
 
 from __future__ import annotations
