@@ -26,12 +26,12 @@ struct FewRowsLayout {
 
   // n teacher layers of D columns of `element` bytes
   __host__ __device__ FewRowsLayout(int ms, int n, int D, int element) {
-    constants = 8 * kFewRowsWarps * 2 * row_sums(ms);         // Constants
-    products = constants + 48;                                // float [2][32]: z_j, p_j
-    squares = products + 4 * 2 * kWarpSize;                   // float [warps]: Σ e²
-    coefficients = squares + 4 * kFewRowsWarps;               // float [warps][32]: a_j, then τ c_j
-    residual = coefficients + 4 * kFewRowsWarps * kWarpSize;  // float [D]
-    tile = residual + 4 * D;                                  // [n + 1][D]: the teacher layers, the student layer
+    constants = 8 * kFewRowsWarps * 2 * row_sums(ms);                // Constants
+    products = constants + (int(sizeof(Constants)) + 15) / 16 * 16;  // float [2][32]: z_j, p_j
+    squares = products + 4 * 2 * kWarpSize;                          // float [warps]: Σ e²
+    coefficients = squares + 4 * kFewRowsWarps;                      // float [warps][32]: a_j, then τ c_j
+    residual = coefficients + 4 * kFewRowsWarps * kWarpSize;         // float [D]
+    tile = residual + 4 * D;  // [n + 1][D]: the teacher layers, the student layer
     bytes = tile + int64_t(n + 1) * D * element;
   }
 };
